@@ -1,0 +1,122 @@
+"""What is wrong with an attention call, in words: expected, arrived, what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchhal.errors import InvalidProblem
+from torchhal.operands import AttentionOperands
+
+_SHAPES = {
+    "dense": (4, "query (B, Hq, L, E), key (B, Hkv, S, E), value (B, Hkv, S, Ev)"),
+    "varlen": (3, "query (T, Hq, E), key (Tk, Hkv, E), value (Tk, Hkv, Ev)"),
+    "paged": (4, "query (B, Hq, L, E), key_pages (P, Hkv, page_size, E), value_pages (P, Hkv, page_size, Ev)"),
+}
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention_fault(query: Tensor, key: Tensor, value: Tensor, layout: str, enable_gqa: bool) -> str:
+    """The first thing wrong with the main tensors, or an empty string."""
+    return (
+        _rank_fault(query, key, value, layout)
+        or _type_fault(query, key, value)
+        or _size_fault(query, key, value, layout)
+        or _head_fault(query, key, layout, enable_gqa)
+    )
+
+
+def _rank_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
+    rank, shapes = _SHAPES[layout]
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            return f"{name} expects a tensor and got {type(tensor).__name__}"
+        if tensor.dim() != rank:
+            advice = "; add the missing dimensions with unsqueeze" if tensor.dim() < rank else ""
+            return f"{layout} attention expects {shapes}, and {name} has {tensor.dim()} dimensions: {_shape(tensor)}{advice}"
+    return ""
+
+
+def _type_fault(query: Tensor, key: Tensor, value: Tensor) -> str:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in FLOATING:
+            known = ", ".join(str(t) for t in FLOATING)
+            return f"{name} expects a floating type ({known}) and has {tensor.dtype}; convert it with .to(...)"
+        if tensor.device != query.device:
+            return f"query is on {query.device} and {name} on {tensor.device}; move them to one device"
+    return ""
+
+
+def _size_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
+    if query.shape[-1] != key.shape[-1]:
+        return f"query and key need the same head size, the last dimension, and have {query.shape[-1]} and {key.shape[-1]}"
+    if query.shape[-1] == 0:
+        return f"query has head size 0: {_shape(query)}; a score needs at least one element"
+    if key.shape[:-1] != value.shape[:-1]:
+        return f"key and value may differ in their last dimension alone, and are {_shape(key)} and {_shape(value)}"
+    if layout == "dense" and key.shape[0] != query.shape[0] and key.shape[0] != 1:
+        return f"query has batch size {query.shape[0]} and key {key.shape[0]}; they must be equal, or the key's 1"
+    return ""
+
+
+def _head_fault(query: Tensor, key: Tensor, layout: str, enable_gqa: bool) -> str:
+    heads = -2 if layout == "varlen" else 1
+    query_heads, key_heads = query.shape[heads], key.shape[heads]
+    if query_heads == key_heads:
+        return ""
+    if not enable_gqa:
+        return f"query has {query_heads} heads and key {key_heads}; pass enable_gqa=True if each key head serves several query heads"
+    if key_heads == 0 or query_heads % key_heads:
+        return f"enable_gqa needs query heads in whole groups for each key head, and there are {query_heads} over {key_heads}"
+    return ""
+
+
+def mask_fault(mask: Tensor, query: Tensor, key: Tensor) -> str:
+    """The first thing wrong with ``attn_mask``, or an empty string."""
+    if not isinstance(mask, Tensor):
+        return f"attn_mask expects a tensor and got {type(mask).__name__}; a BlockMask goes to block_mask="
+    if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
+        return f"attn_mask expects bool (True takes part) or a floating type (added to the scores) and has {mask.dtype}"
+    if mask.device != query.device:
+        return f"query is on {query.device} and attn_mask on {mask.device}; move them to one device"
+    full = (*query.shape[:3], key.shape[2])
+    fits = mask.dim() <= 4 and all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False))
+    if not fits:
+        return f"attn_mask must broadcast to (B, Hq, L, S) = {tuple(full)} and is {_shape(mask)}"
+    return ""
+
+
+def check_varlen(query: Tensor, key: Tensor, operands: AttentionOperands) -> None:
+    """Ranks, types and sizes of the cumulative lengths; their content is data, and the backend's to check."""
+    lengths = (("cu_seqlens_q", operands.cu_seqlens_q), ("cu_seqlens_k", operands.cu_seqlens_k))
+    for name, tensor in lengths:
+        _check_index_tensor(name, tensor, query, 1, "(B + 1,)")
+        if tensor is not None and tensor.shape[0] < 1:
+            raise InvalidProblem(f"{name} expects B + 1 cumulative lengths, at least the leading 0, and is empty")
+    first, second = (t.shape[0] for _, t in lengths if t is not None)
+    if first != second:
+        raise InvalidProblem(f"cu_seqlens_q and cu_seqlens_k count the same sequences, and have {first} and {second} entries")
+
+
+def check_paged(query: Tensor, key: Tensor, operands: AttentionOperands) -> None:
+    """Ranks, types and sizes of page table and lengths; their content is data, and the backend's to check."""
+    _check_index_tensor("page_table", operands.page_table, query, 2, "(B, max_pages)")
+    _check_index_tensor("seq_lens", operands.seq_lens, query, 1, "(B,)")
+    for name, tensor in (("page_table", operands.page_table), ("seq_lens", operands.seq_lens)):
+        if tensor is not None and tensor.shape[0] != query.shape[0]:
+            raise InvalidProblem(f"query has batch size {query.shape[0]} and {name} {tensor.shape[0]}; each sequence needs one row")
+    if key.shape[2] == 0:
+        raise InvalidProblem(f"key_pages has a page size of 0: {_shape(key)}; a page holds at least one token")
+
+
+def _check_index_tensor(name: str, tensor: Tensor | None, query: Tensor, rank: int, shape: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InvalidProblem(f"{name} expects an int32 tensor {shape} and got {type(tensor).__name__}")
+    if tensor.dim() != rank or tensor.dtype is not torch.int32:
+        raise InvalidProblem(f"{name} expects an int32 tensor {shape} and got {tensor.dtype} {_shape(tensor)}; convert it with .to(torch.int32)")
+    if tensor.device != query.device:
+        raise InvalidProblem(f"query is on {query.device} and {name} on {tensor.device}; move them to one device")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,7 @@
+"""The public functions as torch.compile sees them; each leaves one node in the graph."""
+
+from __future__ import annotations
+
+from torchhal.compiled.attention import attention, paged_attention, varlen_attention
+
+__all__ = ["attention", "paged_attention", "varlen_attention"]

@@ -1,0 +1,127 @@
+"""Attention under torch.compile: what Dynamo traces, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from torchhal import scope
+from torchhal.attention import (
+    Call,
+    Functions,
+    INDICES,
+    block_size_of,
+    operands_of,
+    run,
+    score_dtype,
+    share_batch,
+)
+from torchhal.compiled.call import FAMILIES, Description, Family, describe, record
+from torchhal.errors import InvalidProblem
+from torchhal.ops import empty_attention_output, empty_lse
+from torchhal.pointwise import capture
+
+_INDICES = "int32,int32,int32,int32"
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: BlockMask | None, attn_mask: Tensor | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+    or_torch: bool = False, strict: bool | None = None,
+) -> Any:  # fmt: skip
+    """The traced form of :func:`torchhal.attention`."""
+    tensors = {"query": query, "key": key, "value": value}
+    if attn_mask is not None:
+        tensors["attn_mask"] = attn_mask
+    block_size, mask_mod = None, None
+    if block_mask is not None:
+        block_size, mask_mod = block_size_of(block_mask, query, key), block_mask.mask_mod
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            blocks = getattr(block_mask, name)
+            if blocks is not None:
+                tensors[name] = blocks
+    return _record(
+        "dense", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend, block_size, or_torch, strict
+    )
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, score_mod: Any, mask_mod: Any,
+    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+) -> Any:  # fmt: skip
+    """The traced form of :func:`torchhal.varlen_attention`."""
+    tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    return _record("varlen", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend)
+
+
+def paged_attention(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, seq_lens: Tensor, score_mod: Any, mask_mod: Any,
+    is_causal: bool, scale: float | None, enable_gqa: bool, return_lse: bool, backend: str | None,
+) -> Any:  # fmt: skip
+    """The traced form of :func:`torchhal.paged_attention`."""
+    tensors = {"query": query, "key": key_pages, "value": value_pages, "page_table": page_table, "seq_lens": seq_lens}
+    return _record("paged", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, 0.0, return_lse, backend)
+
+
+def _record(
+    layout: str, tensors: dict[str, Tensor], score_mod: Any, mask_mod: Any, is_causal: bool, scale: float | None,
+    enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+    block_size: tuple[int, int] | None = None, or_torch: bool = False, strict: bool | None = None,
+) -> Any:  # fmt: skip
+    score = "float64" if tensors["query"].dtype is torch.float64 else "float32"
+    functions = []
+    if score_mod is not None:
+        functions.append((score_mod, f"{score},{_INDICES}"))
+    if mask_mod is not None:
+        functions.append((mask_mod, _INDICES))
+    choice = scope.current.choice  # read here so that Dynamo guards on it
+    call = describe(
+        family="attention", layout=layout, tensors=list(tensors), has_score_mod=score_mod is not None,
+        has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p,
+        return_lse=return_lse, backend=backend, block_size=block_size, or_torch=or_torch, strict=strict,
+        scoped=None if choice is scope.current else choice,
+    )  # fmt: skip
+    results = record(call, scale, list(tensors.values()), functions)
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _shapes(call: Description, tensors: Sequence[Tensor]) -> list[Tensor]:
+    named = dict(zip(call["tensors"], tensors, strict=True))
+    out = empty_attention_output(named["query"], named["value"])
+    return [out, empty_lse(named["query"], True)] if call["return_lse"] else [out]
+
+
+def _run(call: Description, scale: float | None, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+    named = dict(zip(call["tensors"], tensors, strict=True))
+    query, key, value, attn_mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
+    if query is None or key is None or value is None:
+        raise InvalidProblem("an attention call needs query, key and value")
+    if call["layout"] == "dense":
+        key, value = share_batch(query, key, value)
+    captured = _capture(call, query, list(functions))
+    operands = operands_of(captured, None, call["dropout_p"], query, **named)
+    result = run(
+        Call(
+            query, key, value, attn_mask, call["layout"], captured, operands,
+            None if call["block_size"] is None else tuple(call["block_size"]),
+            call["is_causal"], scale, call["enable_gqa"], call["return_lse"], call["backend"], call["strict"], call["or_torch"],
+        )  # fmt: skip
+    )
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _capture(call: Description, query: Tensor, functions: list[Callable[..., Any]]) -> Functions:
+    score, mask = None, None
+    if call["has_score_mod"]:
+        inputs = (("score", score_dtype(query.dtype)), *INDICES)
+        score = capture(functions.pop(0), inputs, what="score_mod")
+    if call["has_mask_mod"]:
+        mask = capture(functions.pop(0), INDICES, what="mask_mod")
+    return Functions(score, mask)
+
+
+FAMILIES["attention"] = Family(_shapes, _run)

@@ -1,0 +1,167 @@
+"""The public functions under torch.compile: one node for each call, user functions included.
+
+Dynamo can not put a Python function into a graph, but it can trace one into the body of a higher-order
+operator, where it finds by itself every tensor and symbolic number the function reads, wherever it was
+closed over. So each call becomes one node ``torchhal_call(body, *tensors)`` whose body feeds stand-ins
+for the function's arguments to the user's functions and declares the shapes of the result. That node does not
+outlive the next stage: when AOTAutograd runs it, :class:`_Call` captures the body's functions into graphs
+(:mod:`torchhal.pointwise`), chooses a backend, and leaves one ordinary operator in its place.
+
+The stand-ins are tensors of one element, not of none: indexing a tensor with a 0-dim tensor makes torch
+read its value, which a compiler can not, while with one element it is a gather.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.base_hop import BaseHOP
+from torch.fx import GraphModule, Interpreter, Node
+
+from torchhal.ops import library
+
+Description = dict[str, Any]
+"""What one call says beyond its tensors and functions, as it travels in the node: JSON values only."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of calls ends: the shapes of its results, and the call itself once functions are captured."""
+
+    shapes: Callable[[Description, Sequence[Tensor]], list[Tensor]]
+    run: Callable[[Description, float | None, Sequence[Tensor], Sequence[Callable[..., Any]]], Sequence[Tensor]]
+
+
+FAMILIES: dict[str, Family] = {}
+
+library.define("arguments(Tensor like, str dtypes) -> Tensor[]")
+library.define("results(Tensor[] tensors, Tensor[] functions, str call) -> Tensor[]")
+
+
+def _arguments(like: Tensor, dtypes: str) -> list[Tensor]:
+    return [like.new_zeros((1,), dtype=getattr(torch, name)) for name in dtypes.split(",")]
+
+
+def _results(tensors: list[Tensor], functions: list[Tensor], call: str) -> list[Tensor]:
+    description = json.loads(call)
+    return FAMILIES[description["family"]].shapes(description, tensors)
+
+
+for _name, _function in (("arguments", _arguments), ("results", _results)):
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"torchhal::{_name}", _function, lib=library)
+
+
+class _Call(BaseHOP):
+    """The node Dynamo leaves for one call; becomes an ordinary operator when AOTAutograd runs it."""
+
+    def __init__(self) -> None:
+        super().__init__("torchhal_call")
+
+    def __call__(self, body: GraphModule, *operands: Any, call: str, scale: float | None = None) -> tuple[Tensor, ...]:
+        if not isinstance(body, GraphModule):  # Dynamo's own look at the function, before it is a graph
+            return super().__call__(body, *operands, call=call, scale=scale)  # type: ignore[no-any-return]
+        description = json.loads(call)
+        return tuple(FAMILIES[description["family"]].run(description, scale, *_open(body, operands)))
+
+
+_call = _Call()
+
+
+@torch._dynamo.assume_constant_result
+def describe(**description: Any) -> str:
+    """The JSON text of a description; Dynamo runs it while tracing, since all its values are constants."""
+    return json.dumps(description)
+
+
+def record(call: str, scale: float | None, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], str]]) -> Any:
+    """Leave one node for a call, from code that Dynamo traces.
+
+    Args:
+        call: text of the description.
+        scale: a number that may be symbolic, or None.
+        tensors: main tensors, in the order that ``Family.run`` expects.
+        functions: user functions, each with the types of its arguments, separated by commas.
+    """
+
+    def body(*main: Tensor) -> Any:
+        outputs: list[Tensor] = []
+        for function, dtypes in functions:
+            result = function(*torch.ops.torchhal.arguments(main[0], dtypes))
+            outputs.append(result)
+        return torch.ops.torchhal.results(list(main), outputs, call)
+
+    return _call(body, *tensors, call=call, scale=scale)
+
+
+class _Function:
+    """One user function inside the body of a call, callable with the arguments of a capture."""
+
+    def __init__(self, body: GraphModule, operands: Sequence[Any], arguments: Sequence[Node], output: Node) -> None:
+        self.body = body
+        self.operands = operands
+        self.arguments = arguments
+        self.output = output
+
+    def __call__(self, *values: Any) -> Any:
+        interpreter = _Slice(self.body, self.output)
+        placeholders = [n for n in self.body.graph.nodes if n.op == "placeholder"]
+        env = dict(zip(placeholders, map(_as_tensor, self.operands), strict=True))
+        return interpreter.evaluate({**env, **{node: values[cast(int, node.args[1])] for node in self.arguments}})
+
+
+class _Slice(Interpreter):
+    """Runs just the nodes of a body that one output depends on."""
+
+    def __init__(self, body: GraphModule, output: Node) -> None:
+        super().__init__(body, garbage_collect_values=False)
+        self.output = output
+
+    def evaluate(self, env: dict[Node, Any]) -> Any:
+        self.env = env
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if node not in env and node in _ancestors(self.output, set(env)):
+                env[node] = self.run_node(node)
+        return env[self.output]
+
+
+def _ancestors(node: Node, known: set[Node]) -> set[Node]:
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found and current not in known:
+            found.add(current)
+            pending += current.all_input_nodes
+    return found
+
+
+def _open(body: GraphModule, operands: Sequence[Any]) -> tuple[list[Tensor], list[_Function]]:
+    """The main tensors of a call and its user functions, from the body Dynamo traced."""
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    env = dict(zip(placeholders, operands, strict=True))
+    (end,) = (n for n in body.graph.nodes if n.target in _op("results"))
+    starts = [n for n in body.graph.nodes if n.target in _op("arguments")]
+    tensors, outputs = cast(list[Node], end.args[0]), cast(list[Node], end.args[1])
+    main = [_Slice(body, node).evaluate(dict(env)) for node in tensors]
+    functions = [_Function(body, operands, list(start.users), output) for start, output in zip(starts, outputs, strict=True)]
+    return main, functions
+
+
+def _op(name: str) -> tuple[Any, ...]:
+    packet = getattr(torch.ops.torchhal, name)
+    return packet, packet.default
+
+
+def _as_tensor(operand: Any) -> Any:
+    """A number that Dynamo keeps symbolic, as the 0-dim tensor a function captures; tensors as they are."""
+    if isinstance(operand, torch.SymInt):
+        return torch.full((), operand, dtype=torch.int64)
+    if isinstance(operand, torch.SymFloat):
+        return torch.full((), operand, dtype=torch.float64)
+    return operand

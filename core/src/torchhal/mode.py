@@ -1,0 +1,194 @@
+"""The mode: reroutes torch's own attention and foreach calls to the best backend, models unchanged.
+
+Calls that no backend improves go to torch untouched, and so does every call whose meaning torch and torchhal
+might see differently. The handlers are looked up in one dictionary by the function called.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from torchhal import scope
+from torchhal.attention import Call, build_problem, dense_plan, run
+from torchhal.errors import InvalidProblem
+from torchhal.registry import REFERENCE, registry
+from torchhal.selection import select
+
+
+class Mode(TorchFunctionMode):
+    """Intercepts torch calls inside a ``with`` block; made by :func:`enable`.
+
+    ``__enter__`` and ``__exit__`` are torch's own, so that graph breaks inside the block stay legal, and the
+    two attributes never change, so that torch.compile can guard on them.
+    """
+
+    def __init__(self, backend: str | None = None, strict: bool | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+        self.strict = strict
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return handler(self, *args, **kwargs) if kwargs else handler(self, *args)
+
+
+def enable(backend: str | None = None, strict: bool | None = None) -> Mode:
+    """Reroute torch's own calls inside the block to the best backend: ``with torchhal.enable(): model(x)``.
+
+    Serves ``scaled_dot_product_attention`` wherever it was imported, also inside ``nn.MultiheadAttention`` and
+    the models of transformers, ``flex_attention``, and the ``torch._foreach_*`` functions, in eager mode and
+    under torch.compile, with torch's exact meaning of every argument.
+
+    Args:
+        backend: serve with this backend and raise where it can not, except for families that it does not
+            claim at all, which torch keeps. By default the policy chooses, and torch keeps what nobody improves.
+        strict: raise instead of leaving a call to torch that a backend for the device declined; by
+            default as ``TORCHHAL_STRICT`` says.
+
+    Raises:
+        BackendNotFound, BackendLoadError: there is no such backend, or it failed to load.
+    """
+    if backend is not None:
+        registry().get(backend)
+    return Mode(backend, strict)
+
+
+# ---------------------------------------------------------------------------- scaled_dot_product_attention
+
+_sdpa: Final = F.scaled_dot_product_attention
+_unchosen: Final = scope.current
+
+
+def scaled_dot_product_attention(
+    mode: Mode,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Serve torch's scaled_dot_product_attention."""
+    if torch.compiler.is_dynamo_compiling():
+        from torchhal import compiled
+
+        return compiled.scaled_dot_product_attention(mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if dropout_p == 0.0 and type(query) is Tensor and _unchosen.context_parallel is _unchosen and _torch_is_free():
+        if attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)):
+            try:
+                selected = dense_plan(query, key, value, attn_mask, is_causal, enable_gqa, False, mode.backend, mode.strict, True)
+            except InvalidProblem:  # torch broadcasts more, and has its own words for what it refuses
+                return _other_shapes(mode, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            if selected.plan is not None:
+                factor = query.shape[-1] ** -0.5 if scale is None else scale
+                return selected.plan.run(query, key, value, attn_mask, factor, None)
+    elif _unchosen.context_parallel is not _unchosen:
+        return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
+    elif type(query) is not Tensor and dropout_p == 0.0:
+        return sdpa_traced(mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _torch_is_free() -> bool:
+    """Whether torch may choose among its kernels: inside ``sdpa_kernel(...)`` the user has, and means it."""
+    return torch._C._get_flash_sdp_enabled() and torch._C._get_math_sdp_enabled()
+
+
+def _other_shapes(
+    mode: Mode, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Any:
+    """(N, L, E) inputs as one head each; every other shape is torch's business."""
+    if query.dim() == key.dim() == value.dim() == 3 and query.shape[0] == key.shape[0]:
+        mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+        heads = (t.unsqueeze(1) for t in (query, key, value))
+        return scaled_dot_product_attention(mode, *heads, mask, 0.0, is_causal, scale).squeeze(1)
+    return _sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def sdpa_traced(
+    mode: Mode, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> Any:  # fmt: skip
+    """Serve a call whose tensors a compiler is tracing."""
+    call = Call(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        backend=mode.backend, strict=mode.strict, or_torch=True,
+    )  # fmt: skip
+    plain = dropout_p == 0.0 and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)))
+    if plain and _torch_is_free():
+        try:
+            problem = build_problem(call)
+        except InvalidProblem:
+            problem = None
+        if problem is not None and query.shape[0] == key.shape[0]:
+            selected = select(problem, call.backend, strict=call.strict, or_torch=True)
+            if selected.plan is not None:
+                return run(call)
+            selected.route.record()
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _sharded(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, enable_gqa: bool, backend: str | None,
+) -> Any:  # fmt: skip
+    from torchhal.attention import attention
+
+    return attention(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa, dropout_p=dropout_p, backend=backend,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- functions made of others
+
+
+def _past_override_check(function: Any) -> Callable[..., Any]:
+    """``function`` without its first step, which hands the whole call to an active mode.
+
+    The mode has had its turn when the copy runs; what the copy calls in turn is offered to the mode again.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_mha_body = _past_override_check(F.multi_head_attention_forward)
+
+
+def multi_head_attention_forward(mode: Mode, *args: Any, **kwargs: Any) -> Any:
+    """Run torch's multi-head attention with the mode on, so that the attention inside is served."""
+    with mode:
+        return _mha_body(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------- flex_attention
+
+
+def flex_attention(
+    mode: Mode, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: float, kernel_options: Any, *rest: Any
+) -> Any:
+    """Serve the operator that torch's flex_attention ends in; returns (out, lse in base 2, row maxima)."""
+    from torchhal import mode_flex
+
+    return mode_flex.flex_attention(mode, query, key, value, score_mod, block_mask, scale, kernel_options, *rest)
+
+
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    _sdpa: scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention_forward,
+    torch.ops.higher_order.flex_attention: flex_attention,
+}
+"""What the mode serves; everything else goes straight to torch."""

@@ -1,0 +1,145 @@
+"""What a planned call carries besides its main tensors; kept out of the fast path, which passes None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchhal.errors import InvalidProblem
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOperands:
+    """Everything an attention call may carry beyond query, key, value, mask and scale."""
+
+    captured: tuple[Tensor, ...] = ()
+    """Tensors captured by ``score_mod``, in graph order."""
+    mask_captured: tuple[Tensor, ...] = ()
+    """Tensors captured by ``mask_mod``, in graph order."""
+    kv_num_blocks: Tensor | None = None
+    """Of the BlockMask, (Bm, Hm, query blocks) int32: how many key blocks are partly visible."""
+    kv_indices: Tensor | None = None
+    """(Bm, Hm, query blocks, key blocks) int32: which ones, first ``kv_num_blocks`` entries of each row."""
+    full_kv_num_blocks: Tensor | None = None
+    """As ``kv_num_blocks``, for blocks that are wholly visible and need no ``mask_mod``; None if not separated."""
+    full_kv_indices: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    """(B + 1,) int32, cumulative query lengths of the varlen layout."""
+    cu_seqlens_k: Tensor | None = None
+    page_table: Tensor | None = None
+    """(B, max_pages) int32, physical page of each logical page; entries past the sequence are never read."""
+    seq_lens: Tensor | None = None
+    """(B,) int32, number of keys of each sequence of the paged layout."""
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    """0-dim int64, seed of the dropout of this call."""
+
+    def layout(self) -> dict[str, Tensor]:
+        """The tensors that are not captured ones, by field name, those that are absent left out."""
+        named = ((name, getattr(self, name)) for name in _TENSOR_FIELDS)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+
+_TENSOR_FIELDS = tuple(f.name for f in fields(AttentionOperands) if f.name not in ("captured", "mask_captured", "dropout_p"))
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulOperands:
+    """Captured tensors of a fused matrix product's functions, in graph order."""
+
+    a_captured: tuple[Tensor, ...] = ()
+    b_captured: tuple[Tensor, ...] = ()
+    epilogue_captured: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight matrix of logical shape (K, N), quantised once by :func:`torchhal.pack_weight`.
+
+    Dequantised element (k, n) is ``(q[k, n] - zero[g, n]) * scale[g, n]`` in float32, with ``g = k // group``.
+    For int8, ``q`` is ``data``. For int4, two values share a byte of ``data``, the even k in the low half, each
+    stored as ``q + 8`` (0 to 15); a row of padding after an odd K is stored as ``q = 0``. Plain tensors and
+    numbers only, so that it can be saved with ``torch.save`` as :meth:`state` and read back by any backend.
+
+    Raises:
+        InvalidProblem: the parts do not belong together; says which and what was expected.
+    """
+
+    data: Tensor
+    """(K, N) int8, or (ceil(K / 2), N) uint8 for int4."""
+    scale: Tensor
+    """(ceil(K / group), N) float32, positive."""
+    zero: Tensor | None
+    """(ceil(K / group), N) float32 holding whole numbers, or None for symmetric packing."""
+    bits: int
+    group: int
+    """Rows that share a scale; K itself for one scale for each column."""
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """Floating type the weight had and dequantises to."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in _STORAGE:
+            raise InvalidProblem(f"a packed weight has 8 or 4 bits; got bits={self.bits!r}")
+        if not (isinstance(self.group, int) and self.group >= 1):
+            raise InvalidProblem(f"the group of a packed weight is a positive number of rows; got {self.group!r}")
+        if not self.dtype.is_floating_point:
+            raise InvalidProblem(f"a packed weight dequantises to a floating type; got {self.dtype}")
+        rows, columns = self.shape
+        groups = -(-rows // self.group)
+        stored = rows if self.bits == 8 else -(-rows // 2)
+        self._expect("data", self.data, (stored, columns), _STORAGE[self.bits])
+        self._expect("scale", self.scale, (groups, columns), torch.float32)
+        if self.zero is not None:
+            self._expect("zero", self.zero, (groups, columns), torch.float32)
+
+    def _expect(self, name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != self.data.device:
+            where = f"{shape} {dtype} on {self.data.device}"
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            what = f"int{self.bits} weight of shape {tuple(self.shape)} in groups of {self.group}"
+            raise InvalidProblem(f"'{name}' of a packed {what} must be {where}; got {got}")
+
+    @property
+    def scheme(self) -> str:
+        """``int8``/``int4``, group (or ``channel``) and symmetry: the ``packing`` of a MatmulProblem."""
+        group = "channel" if self.group >= self.shape[0] else str(self.group)
+        return f"int{self.bits}:group={group}:{'symmetric' if self.zero is None else 'asymmetric'}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same packed weight on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, data=self.data.to(device), scale=self.scale.to(device), zero=zero)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and names that :meth:`from_state` reads back, also through ``torch.load(weights_only=True)``."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**content, "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> PackedWeight:
+        """The packed weight whose :meth:`state` this is.
+
+        Raises:
+            InvalidProblem: entries are missing, unknown, or do not belong together.
+        """
+        expected = {f.name for f in fields(PackedWeight)}
+        if set(state) != expected:
+            raise InvalidProblem(f"the state of a packed weight has the entries {sorted(expected)}; got {sorted(state)}")
+        dtype = getattr(torch, str(state["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise InvalidProblem(f"'dtype' in the state of a packed weight names a torch dtype; got {state['dtype']!r}")
+        rows, columns = state["shape"]
+        return PackedWeight(**{**state, "shape": (int(rows), int(columns)), "dtype": dtype})
+
+
+_STORAGE = {8: torch.int8, 4: torch.uint8}

@@ -1,0 +1,407 @@
+"""The words of the contract: Problem, Plan, Decline, Capabilities.
+
+A Problem is frozen, hashable and serialisable, and never holds data or a length that may vary at run
+time; so it can key the plan cache, stand in a lock file, and travel through a compiled graph as text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from torchhal._text import decode, encode, short
+from torchhal.errors import InvalidProblem
+from torchhal.pointwise import Graph
+
+SPEC_VERSION = "1.0"
+"""Version of the hook specification. The minor number grows with every new feature or optional argument."""
+
+
+# ---------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question the core asks backends: everything about a call that decides how to run it."""
+
+    family: ClassVar[str] = ""
+
+    device: torch.device
+    """Where the tensors are, index included: several accelerators in one process are normal."""
+
+    features: frozenset[str] = frozenset()
+    """What the call asks for. Each name is a field of the family's claims, in :class:`Capabilities`."""
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Every floating or integer type a backend has to accept to serve this problem."""
+        return frozenset()
+
+    @cached_property
+    def text(self) -> str:
+        """Canonical JSON of the problem: equal problems have equal text, in every process."""
+        values = {f.name: encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return json.dumps({"family": self.family, **values}, sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_text(text: str) -> Problem:
+        """The problem whose :attr:`text` this is.
+
+        Raises:
+            InvalidProblem: the text is not that of a problem of this specification version.
+        """
+        try:
+            fields = json.loads(text)
+            kind = PROBLEMS[fields.pop("family")]
+            return kind(**{name: decode(value) for name, value in fields.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = f"expected the text of a problem of specification {SPEC_VERSION}"
+            raise InvalidProblem(f"{expected}, and could not read it ({error}): {text[:200]}") from error
+
+    def summary(self) -> str:
+        """One line for a person: the family and the fields that are not at their defaults."""
+        parts = [f"{self.device}"]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("device", "features") or value is None or value == item.default:
+                continue
+            parts.append(f"{item.name}={short(value)}")
+        if self.features:
+            parts.append("features=" + "+".join(sorted(self.features)))
+        return f"{self.family}({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class AttentionProblem(Problem):
+    """``softmax(score_mod(query @ key.T * scale) + mask) @ value`` in one of the public layouts."""
+
+    family: ClassVar[str] = "attention"
+
+    layout: str = "dense"
+    """``dense`` (B, H, L, E), ``varlen`` (T, H, E) with cumulative lengths, or ``paged`` keys and values."""
+    query_dtype: torch.dtype = torch.float32
+    key_dtype: torch.dtype = torch.float32
+    value_dtype: torch.dtype = torch.float32
+    query_heads: int = 1
+    key_heads: int = 1
+    head_size: int = 64
+    value_head_size: int = 64
+    is_causal: bool = False
+    return_lse: bool = False
+    mask_dtype: torch.dtype | None = None
+    """Type of ``attn_mask`` (bool: True takes part; floating: added to the scaled score), None without one."""
+    score_mod: Graph | None = None
+    mask_mod: Graph | None = None
+    block_size: tuple[int, int] | None = None
+    """Query and key block sizes of a BlockMask, None without one."""
+    page_size: int | None = None
+    dropout: bool = False
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset((self.query_dtype, self.key_dtype, self.value_dtype))
+
+
+@dataclass(frozen=True)
+class MatmulProblem(Problem):
+    """``epilogue(a_prologue(a) @ b_prologue(b) + bias)``, accumulated in float32 (float64 for float64)."""
+
+    family: ClassVar[str] = "matmul"
+
+    a_dtype: torch.dtype = torch.float32
+    b_dtype: torch.dtype = torch.float32
+    """Type of ``b``; for a packed weight, the type it dequantises to."""
+    out_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    bias_dtype: torch.dtype | None = None
+    a_prologue: Graph | None = None
+    b_prologue: Graph | None = None
+    epilogue: Graph | None = None
+    packing: str | None = None
+    """Scheme of a packed weight, for example ``int8`` or ``int4:group=32:asymmetric``; None for a plain tensor."""
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset((self.a_dtype, self.b_dtype))
+
+
+@dataclass(frozen=True)
+class ForeachProblem(Problem):
+    """A captured function mapped over lists of tensors in one call."""
+
+    family: ClassVar[str] = "foreach"
+
+    functions: tuple[Graph, ...] = ()
+    """One graph for each distinct combination of element types in the lists."""
+    operands: tuple[str, ...] = ()
+    """How each operand is passed: ``list`` of tensors, ``scalars`` (a list of numbers) or ``scalar``."""
+    in_place: bool = False
+
+    @cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(spec.dtype for graph in self.functions for spec in graph.inputs)
+
+
+@dataclass(frozen=True)
+class ContextParallelProblem(Problem):
+    """Attention whose sequence is sharded over the ranks of a one-dimensional device mesh."""
+
+    family: ClassVar[str] = "context_parallel"
+
+    scheme: str = "auto"
+    world_size: int = 1
+    process_group_backend: str = ""
+
+
+@dataclass(frozen=True)
+class CacheStoreProblem(Problem):
+    """A place to keep compile caches, named by a URL."""
+
+    family: ClassVar[str] = "cache_store"
+
+    scheme: str = "file"
+
+
+@dataclass(frozen=True)
+class DeployProblem(Problem):
+    """One deployment task for a device: ``compile_options``, ``quantizer``, ``package`` or ``profiler``."""
+
+    family: ClassVar[str] = "deploy"
+
+    task: str = "compile_options"
+
+
+PROBLEMS: Mapping[str, type[Problem]] = {
+    kind.family: kind
+    for kind in (
+        AttentionProblem,
+        MatmulProblem,
+        ForeachProblem,
+        ContextParallelProblem,
+        CacheStoreProblem,
+        DeployProblem,
+    )
+}
+
+
+# ---------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A backend's yes: a prepared callable and what it promises.
+
+    The signature of ``run`` is fixed for each family by its hook in :mod:`torchhal.hookspecs`.
+    """
+
+    run: Callable[..., Any]
+    description: str = ""
+    """One line for a person: which kernel, which instruction set."""
+    deterministic: bool = True
+    """Bitwise the same result for the same inputs, run after run."""
+    differentiable: bool = False
+    """Autograd through ``run`` gives every gradient the problem's features ask for."""
+    traceable: bool = False
+    """``run`` may be called with fake tensors under torch.compile, where it records one operator of the
+    backend's own; otherwise the core wraps it in a torchhal operator."""
+    workspace: str = "none"
+    """Extra memory beyond the outputs, as a formula in the problem's lengths, for example ``O(L)``."""
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A backend's no: a machine-readable code and a sentence."""
+
+    code: str
+    """Lower case with underscores, for example ``no_device``, ``driver_too_old``, ``unclaimed_feature``."""
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not self.code or not self.reason:
+            raise InvalidProblem(f"a Decline needs a code and a reason; got code={self.code!r}, reason={self.reason!r}")
+
+    def __str__(self) -> str:
+        return f"{self.reason} [{self.code}]"
+
+
+# ---------------------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class AttentionClaims:
+    """What a backend's attention does. Every answer is no until claimed."""
+
+    dtypes: frozenset[torch.dtype] = frozenset()
+    """Which element types may query, key and value have?"""
+    layouts: frozenset[str] = frozenset()
+    """Which of ``dense``, ``varlen`` and ``paged`` are served?"""
+    causal: bool = False
+    """Does ``is_causal`` hide keys after the query, aligned top-left?"""
+    boolean_mask: bool = False
+    """Does a boolean ``attn_mask`` of any broadcastable shape and strides hide where False?"""
+    additive_mask: bool = False
+    """Is a floating ``attn_mask`` of any broadcastable shape added to the scaled scores?"""
+    gqa: bool = False
+    """May there be fewer key heads than query heads, in any whole ratio?"""
+    value_head_size: bool = False
+    """May the head size of values differ from that of queries and keys?"""
+    lse: bool = False
+    """Can the natural-logarithm log-sum-exp of each row be returned?"""
+    score_mod: bool = False
+    """Is a captured function applied to each score, in float32?"""
+    mask_mod: bool = False
+    """Is a captured mask function applied, and are the empty blocks of its BlockMask skipped?"""
+    captured_tensors: bool = False
+    """May those functions read captured tensors?"""
+    dropout: bool = False
+    """Are probabilities dropped by the counter-based generator of the reference?"""
+    mixed_dtypes: bool = False
+    """May query, key and value have different element types?"""
+    backward: bool = False
+    """Do gradients reach query, key and value?"""
+    mask_gradient: bool = False
+    """Do gradients reach a floating ``attn_mask``?"""
+    captured_gradient: bool = False
+    """Do gradients reach captured tensors?"""
+
+
+@dataclass(frozen=True)
+class MatmulClaims:
+    """What a backend's fused matrix product does."""
+
+    dtypes: frozenset[torch.dtype] = frozenset()
+    batched: bool = False
+    """May ``a`` and ``b`` have broadcastable batch dimensions?"""
+    bias: bool = False
+    """Is a bias of shape (N,) added before the epilogue?"""
+    a_prologue: bool = False
+    """Is a captured function applied to each element of ``a`` as it is read?"""
+    b_prologue: bool = False
+    """Is a captured function applied to each element of ``b`` as it is read?"""
+    epilogue: bool = False
+    """Is a captured function applied to each accumulated element before it is stored?"""
+    auxiliary_outputs: bool = False
+    """May the epilogue return several outputs?"""
+    captured_tensors: bool = False
+    """May those functions read captured tensors?"""
+    packed_int8: bool = False
+    """Is an int8 packed weight dequantised inside the product?"""
+    packed_int4: bool = False
+    """Is an int4 packed weight dequantised inside the product?"""
+    mixed_dtypes: bool = False
+    """May ``a`` and ``b`` have different element types?"""
+    backward: bool = False
+    """Do gradients reach ``a``, ``b`` and ``bias``?"""
+    captured_gradient: bool = False
+    """Do gradients reach captured tensors?"""
+
+
+@dataclass(frozen=True)
+class ForeachClaims:
+    """What a backend's foreach_map does."""
+
+    dtypes: frozenset[torch.dtype] = frozenset()
+    in_place: bool = False
+    """May results be written over operands or into ``out``?"""
+    scalars: bool = False
+    """May operands be numbers or lists of numbers?"""
+    mixed_dtypes: bool = False
+    """May element types vary along the lists?"""
+    several_outputs: bool = False
+    """May the function return a tuple?"""
+    captured_tensors: bool = False
+    """May the function read captured tensors?"""
+    backward: bool = False
+    """Do gradients reach the operands?"""
+    captured_gradient: bool = False
+    """Do gradients reach captured tensors?"""
+
+
+@dataclass(frozen=True)
+class ContextParallelClaims:
+    """What a backend's context parallelism does."""
+
+    schemes: frozenset[str] = frozenset()
+    """Which schemes, besides ``auto``, can be asked for by name?"""
+
+
+@dataclass(frozen=True)
+class CacheStoreClaims:
+    """Which cache stores a backend brings."""
+
+    schemes: frozenset[str] = frozenset()
+    """Which URL schemes are served?"""
+
+
+@dataclass(frozen=True)
+class DeployClaims:
+    """Which deployment tasks a backend serves."""
+
+    tasks: frozenset[str] = frozenset()
+    """Which of ``compile_options``, ``quantizer``, ``package`` and ``profiler``?"""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Everything a backend claims in advance; a family left None is not served at all."""
+
+    attention: AttentionClaims | None = None
+    matmul: MatmulClaims | None = None
+    foreach: ForeachClaims | None = None
+    context_parallel: ContextParallelClaims | None = None
+    cache_store: CacheStoreClaims | None = None
+    deploy: DeployClaims | None = None
+
+    def refuse(self, problem: Problem) -> Decline | None:
+        """Why these claims do not cover ``problem``, or None when they do.
+
+        This is the rule that makes a backend written for an older specification safe: a feature it has
+        never heard of is not among its claims, so the core declines for it before it is asked.
+        """
+        claims = getattr(self, problem.family, None)
+        if claims is None:
+            return Decline("unclaimed_family", f"does not claim the {problem.family} family")
+        missing = sorted(name for name in problem.features if getattr(claims, name, False) is not True)
+        if missing:
+            return Decline("unclaimed_feature", f"does not claim {', '.join(missing)}")
+        return _refuse_sets(claims, problem)
+
+
+_SETS = {"layout": "layouts", "scheme": "schemes", "task": "tasks"}
+
+
+def _refuse_sets(claims: Any, problem: Problem) -> Decline | None:
+    for attribute, claimed in _SETS.items():
+        asked = getattr(problem, attribute, None)
+        if asked is not None and asked != "auto" and asked not in getattr(claims, claimed):
+            return Decline(f"unclaimed_{attribute}", f"does not claim the {attribute} {asked!r}")
+    types = sorted(str(t) for t in problem.dtypes - getattr(claims, "dtypes", problem.dtypes))
+    if types:
+        return Decline("unclaimed_dtype", f"does not claim {', '.join(types)}")
+    return None
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend says of itself: the answer to the ``torchhal_backend`` hook."""
+
+    name: str
+    """The name users type; the same as the entry point's."""
+    vendor: str
+    device_types: frozenset[str]
+    """torch device types it computes on, for example ``{"cpu"}``; empty for device-independent services."""
+    spec: str
+    """Range of specification versions it was written for, in the packaging syntax, for example ``>=1.0,<2``."""
+    capabilities: Capabilities
+    preference: Mapping[str, int] = field(default_factory=dict)
+    """Claim on each device type when nobody chose: higher goes first; the reference has 0 everywhere."""
+    probe: Callable[[], Mapping[str, Any]] = dict
+    """Looks at the hardware and returns what ``torchhal doctor`` shows: device names, driver, measured
+    ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not)."""
+    version: str = ""
+    install_hint: str = ""

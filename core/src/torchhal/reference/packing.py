@@ -1,0 +1,116 @@
+"""The specification of packed int8 and int4 weights: round to nearest, one scale for each group of a column."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchhal.errors import InvalidProblem
+from torchhal.operands import PackedWeight
+
+GROUPS = (None, 32, 64, 128)
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def pack_weight(
+    weight: Tensor, *, bits: int = 8, group: int | None = None, symmetric: bool = True, transposed: bool = False
+) -> PackedWeight:
+    """See :func:`torchhal.pack_weight`."""
+    _validate(weight, bits, group)
+    matrix = weight.detach().t() if transposed else weight.detach()
+    rows, columns = matrix.shape
+    size = max(1, min(group or rows, rows))
+    blocks = _blocks(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), size)
+    scale, zero = _symmetric(blocks, bits) if symmetric else _asymmetric(blocks, bits)
+    _refuse_overflow(scale)
+    offset = 0.0 if zero is None else zero.unsqueeze(1)
+    low, high = _limits(bits)
+    steps = torch.round(blocks / scale.unsqueeze(1) + offset).clamp(-high if zero is None else low, high)
+    q = steps.to(torch.int8).flatten(0, 1)[:rows]
+    data = q.contiguous() if bits == 8 else _pair(q)
+    return PackedWeight(data, scale, zero, bits, size, (rows, columns), weight.dtype)
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (K, N) that ``packed`` stands for.
+
+    Args:
+        packed: the packed weight.
+        dtype: floating type of the result, ``packed.dtype`` if None. The element is computed in float32
+            (float64 for float64) and rounded once.
+    """
+    wanted = dtype or packed.dtype
+    compute = torch.float64 if wanted == torch.float64 else torch.float32
+    q = (packed.data if packed.bits == 8 else _unpair(packed)).to(compute)
+    if packed.zero is not None:
+        q = q - _per_row(packed, packed.zero)
+    return (q * _per_row(packed, packed.scale)).to(wanted)
+
+
+def _validate(weight: Tensor, bits: int, group: int | None) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise InvalidProblem(f"pack_weight() expects a matrix, (K, N) or with transposed=True (N, K); got {got}")
+    if not weight.dtype.is_floating_point:
+        raise InvalidProblem(f"pack_weight() expects a floating weight; got {weight.dtype}")
+    if bits not in (8, 4):
+        raise InvalidProblem(f"pack_weight() expects bits=8 or bits=4; got bits={bits!r}")
+    if group not in GROUPS:
+        raise InvalidProblem(f"pack_weight() expects group to be one of {GROUPS}, None for a whole column; got group={group!r}")
+    if not bool(torch.isfinite(weight).all()):
+        where = tuple(int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
+        raise InvalidProblem(f"pack_weight() expects finite values; the weight has {weight[where].item()} at {where}")
+
+
+def _refuse_overflow(scale: Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()):
+        raise InvalidProblem("pack_weight() keeps scales in float32, which the largest values of this weight exceed; scale it down first")
+
+
+def _limits(bits: int) -> tuple[int, int]:
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    # The last group is filled with zeros: they never widen a range, because every range contains zero.
+    rows = matrix.shape[0]
+    groups = -(-rows // size)
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, groups * size - rows))
+    return padded.unflatten(0, (groups, size))
+
+
+def _symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, None]:
+    _, high = _limits(bits)
+    return _step(blocks.abs().amax(1), high), None
+
+
+def _asymmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    # The range always contains 0 and the zero point is whole: then 0 is exact, |zero| stays small, and the
+    # ends of the range lie at most half a step outside the integers.
+    low, high = _limits(bits)
+    bottom, top = blocks.amin(1).clamp(max=0), blocks.amax(1).clamp(min=0)
+    scale = _step(top - bottom, high - low)
+    zero = torch.round(low - bottom / scale).clamp(low, high)
+    return scale, zero.to(torch.float32)
+
+
+def _step(span: Tensor, steps: int) -> Tensor:
+    # A subnormal scale has too few digits for half a step of error; an all-zero group needs any scale but 0.
+    scale = (span / steps).to(torch.float32)
+    scale = torch.where((scale * steps).isinf() & scale.isfinite(), torch.nextafter(scale, torch.zeros_like(scale)), scale)
+    return torch.where(span == 0, 1.0, scale.clamp(min=_TINY))
+
+
+def _pair(q: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(q, (0, 0, 0, len(q) % 2))
+    stored = (padded + 8).to(torch.uint8).unflatten(0, (len(padded) // 2, 2))
+    return stored[:, 0] | (stored[:, 1] << 4)
+
+
+def _unpair(packed: PackedWeight) -> Tensor:
+    both = torch.stack((packed.data & 15, packed.data >> 4), dim=1)
+    return both.flatten(0, 1)[: packed.shape[0]].to(torch.int8) - 8
+
+
+def _per_row(packed: PackedWeight, values: Tensor) -> Tensor:
+    return values.repeat_interleave(packed.group, dim=0)[: packed.shape[0]]
