@@ -439,7 +439,7 @@ def block_size_of(block_mask: BlockMask, query: Tensor, key: Tensor) -> tuple[in
         asked, made = f"{lengths[0]} queries and {lengths[1]} keys", tuple(block_mask.seq_lengths)
         raise InvalidProblem(f"block_mask was made for {made[0]} queries and {made[1]} keys, and the call has {asked}; make one for these lengths")
     rows, columns = block_mask.BLOCK_SIZE
-    return int(rows), int(columns)
+    return rows, columns
 
 
 def operands_of(

@@ -6,9 +6,11 @@ might see differently. The handlers are looked up in one dictionary by the funct
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torchhal import scope
 from torchhal.attention import Call, build_problem, dense_plan, run
 from torchhal.errors import InvalidProblem
-from torchhal.registry import REFERENCE, registry
+from torchhal.registry import registry
 from torchhal.selection import select
 
 
@@ -26,13 +28,14 @@ class Mode(TorchFunctionMode):
     """Intercepts torch calls inside a ``with`` block; made by :func:`enable`.
 
     ``__enter__`` and ``__exit__`` are torch's own, so that graph breaks inside the block stay legal, and the
-    two attributes never change, so that torch.compile can guard on them.
+    attributes never change, so that torch.compile can guard on them.
     """
 
     def __init__(self, backend: str | None = None, strict: bool | None = None) -> None:
         super().__init__()
         self.backend = backend
         self.strict = strict
+        self.multi_head_attention_forward = _with_attention(_Settings(backend, strict))
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
@@ -69,7 +72,7 @@ _unchosen: Final = scope.current
 
 
 def scaled_dot_product_attention(
-    mode: Mode,
+    mode: Mode | _Settings,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -83,7 +86,11 @@ def scaled_dot_product_attention(
     if torch.compiler.is_dynamo_compiling():
         from torchhal import compiled
 
-        return compiled.scaled_dot_product_attention(mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or dropout_p != 0.0 or query.shape[0] != key.shape[0]:
+            return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return compiled.scaled_dot_product_attention(
+            mode.backend, mode.strict, query, key, value, attn_mask, is_causal, scale, enable_gqa
+        )
     if dropout_p == 0.0 and type(query) is Tensor and _unchosen.context_parallel is _unchosen and _torch_is_free():
         if attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)):
             try:
@@ -96,7 +103,7 @@ def scaled_dot_product_attention(
     elif _unchosen.context_parallel is not _unchosen:
         return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
     elif type(query) is not Tensor and dropout_p == 0.0:
-        return sdpa_traced(mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return sdpa_traced(mode.backend, mode.strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -106,7 +113,7 @@ def _torch_is_free() -> bool:
 
 
 def _other_shapes(
-    mode: Mode, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+    mode: Mode | _Settings, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Any:
     """(N, L, E) inputs as one head each; every other shape is torch's business."""
     if query.dim() == key.dim() == value.dim() == 3 and query.shape[0] == key.shape[0]:
@@ -117,13 +124,13 @@ def _other_shapes(
 
 
 def sdpa_traced(
-    mode: Mode, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
-    is_causal: bool, scale: float | None, enable_gqa: bool,
+    backend: str | None, strict: bool | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
 ) -> Any:  # fmt: skip
     """Serve a call whose tensors a compiler is tracing."""
     call = Call(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        backend=mode.backend, strict=mode.strict, or_torch=True,
+        backend=backend, strict=strict, or_torch=True,
     )  # fmt: skip
     plain = dropout_p == 0.0 and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)))
     if plain and _torch_is_free():
@@ -151,27 +158,46 @@ def _sharded(
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- functions made of others
+# ---------------------------------------------------------------------------- nn.MultiheadAttention
 
 
-def _past_override_check(function: Any) -> Callable[..., Any]:
-    """``function`` without its first step, which hands the whole call to an active mode.
+class _Settings(NamedTuple):
+    """What handlers read of a mode."""
 
-    The mode has had its turn when the copy runs; what the copy calls in turn is offered to the mode again.
+    backend: str | None
+    strict: bool | None
+
+
+@functools.cache
+def _with_attention(settings: _Settings) -> Callable[..., Any]:
+    """torch's multi_head_attention_forward with our handler as the attention it calls.
+
+    Torch offers the function whole to an active mode and takes the mode off meanwhile, so the attention
+    inside would go unseen. Putting the mode back on is no way out: the function would offer itself again, and
+    Dynamo can not trace ``Tensor.unflatten``, which it uses, under a mode. So the same code runs with two of
+    its global names changed, in a module of its own, since Dynamo guards on globals by the name of a module.
     """
-    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    function: Any = F.multi_head_attention_forward
+    module = types.ModuleType(f"torchhal.mode.multi_head_attention_{len(_copies)}")
+    changed = {
+        "__name__": module.__name__,
+        "has_torch_function": lambda tensors: False,
+        "scaled_dot_product_attention": lambda *args, **kwargs: scaled_dot_product_attention(settings, *args, **kwargs),
+    }
+    vars(module).update({**function.__globals__, **changed})
+    sys.modules[module.__name__] = module
+    _copies.append(module)
+    copy = types.FunctionType(function.__code__, vars(module), function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-_mha_body = _past_override_check(F.multi_head_attention_forward)
+_copies: list[types.ModuleType] = []
 
 
 def multi_head_attention_forward(mode: Mode, *args: Any, **kwargs: Any) -> Any:
-    """Run torch's multi-head attention with the mode on, so that the attention inside is served."""
-    with mode:
-        return _mha_body(*args, **kwargs)
+    """Run torch's multi-head attention so that the attention inside is served."""
+    return mode.multi_head_attention_forward(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------- flex_attention

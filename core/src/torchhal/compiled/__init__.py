@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from torchhal.compiled.attention import attention, paged_attention, varlen_attention
+from torchhal.compiled.attention import attention, paged_attention, scaled_dot_product_attention, varlen_attention
 
-__all__ = ["attention", "paged_attention", "varlen_attention"]
+__all__ = ["attention", "paged_attention", "scaled_dot_product_attention", "varlen_attention"]

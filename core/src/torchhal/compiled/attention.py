@@ -20,8 +20,9 @@ from torchhal.attention import (
     score_dtype,
     share_batch,
 )
-from torchhal.compiled.call import FAMILIES, Description, Family, describe, record
+from torchhal.compiled.call import FAMILIES, Description, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
+from torchhal.mode import sdpa_traced
 from torchhal.ops import empty_attention_output, empty_lse
 from torchhal.pointwise import capture
 
@@ -31,7 +32,6 @@ _INDICES = "int32,int32,int32,int32"
 def attention(
     query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: BlockMask | None, attn_mask: Tensor | None,
     is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
-    or_torch: bool = False, strict: bool | None = None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.attention`."""
     tensors = {"query": query, "key": key, "value": value}
@@ -45,8 +45,19 @@ def attention(
             if blocks is not None:
                 tensors[name] = blocks
     return _record(
-        "dense", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend, block_size, or_torch, strict
+        "dense", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend, block_size
     )
+
+
+def scaled_dot_product_attention(
+    backend: str | None, strict: bool | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> Any:  # fmt: skip
+    """torch's own attention under the mode; whether torch keeps it is decided when the node is run."""
+    tensors = {"query": query, "key": key, "value": value}
+    if attn_mask is not None:
+        tensors["attn_mask"] = attn_mask
+    return _record("dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, backend, None, True, strict)
 
 
 def varlen_attention(
@@ -82,10 +93,10 @@ def _record(
     call = describe(
         family="attention", layout=layout, tensors=list(tensors), has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p,
-        return_lse=return_lse, backend=backend, block_size=block_size, or_torch=or_torch, strict=strict,
+        return_lse=return_lse, backend=backend, or_torch=or_torch, strict=strict,
         scoped=None if choice is scope.current else choice,
     )  # fmt: skip
-    results = record(call, scale, list(tensors.values()), functions)
+    results = record(call, (scale, block_size), list(tensors.values()), functions)
     return (results[0], results[1]) if return_lse else results[0]
 
 
@@ -95,11 +106,15 @@ def _shapes(call: Description, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [out, empty_lse(named["query"], True)] if call["return_lse"] else [out]
 
 
-def _run(call: Description, scale: float | None, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+    scale, block_size = numbers
     named = dict(zip(call["tensors"], tensors, strict=True))
     query, key, value, attn_mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
     if query is None or key is None or value is None:
         raise InvalidProblem("an attention call needs query, key and value")
+    if call["or_torch"]:
+        flags = call["is_causal"], scale, call["enable_gqa"]
+        return (sdpa_traced(call["backend"], call["strict"], query, key, value, attn_mask, 0.0, *flags),)
     if call["layout"] == "dense":
         key, value = share_batch(query, key, value)
     captured = _capture(call, query, list(functions))
@@ -107,8 +122,8 @@ def _run(call: Description, scale: float | None, tensors: Sequence[Tensor], func
     result = run(
         Call(
             query, key, value, attn_mask, call["layout"], captured, operands,
-            None if call["block_size"] is None else tuple(call["block_size"]),
-            call["is_causal"], scale, call["enable_gqa"], call["return_lse"], call["backend"], call["strict"], call["or_torch"],
+            None if block_size is None else (int(block_size[0]), int(block_size[1])),
+            call["is_causal"], scale, call["enable_gqa"], call["return_lse"], call["backend"],
         )  # fmt: skip
     )
     return result if isinstance(result, tuple) else (result,)

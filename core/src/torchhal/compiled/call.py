@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.variables.higher_order_ops import BaseHOPVariable, _hop_name_to_variable_class
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -28,13 +29,16 @@ from torchhal.ops import library
 Description = dict[str, Any]
 """What one call says beyond its tensors and functions, as it travels in the node: JSON values only."""
 
+Numbers = tuple[Any, ...]
+"""Numbers of a call that Dynamo may keep symbolic."""
+
 
 @dataclass(frozen=True)
 class Family:
     """How a family of calls ends: the shapes of its results, and the call itself once functions are captured."""
 
     shapes: Callable[[Description, Sequence[Tensor]], list[Tensor]]
-    run: Callable[[Description, float | None, Sequence[Tensor], Sequence[Callable[..., Any]]], Sequence[Tensor]]
+    run: Callable[[Description, Numbers, Sequence[Tensor], Sequence[Callable[..., Any]]], Sequence[Tensor]]
 
 
 FAMILIES: dict[str, Family] = {}
@@ -63,14 +67,24 @@ class _Call(BaseHOP):
     def __init__(self) -> None:
         super().__init__("torchhal_call")
 
-    def __call__(self, body: GraphModule, *operands: Any, call: str, scale: float | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, body: GraphModule, *operands: Any, call: str, numbers: Numbers) -> tuple[Tensor, ...]:
         if not isinstance(body, GraphModule):  # Dynamo's own look at the function, before it is a graph
-            return super().__call__(body, *operands, call=call, scale=scale)  # type: ignore[no-any-return]
+            return super().__call__(body, *operands, call=call, numbers=numbers)  # type: ignore[no-any-return]
         description = json.loads(call)
-        return tuple(FAMILIES[description["family"]].run(description, scale, *_open(body, operands)))
+        return tuple(FAMILIES[description["family"]].run(description, numbers, *_open(body, operands)))
 
 
 _call = _Call()
+
+
+class _CallVariable(BaseHOPVariable):
+    """Dynamo's view of the node. Query, key and value cut from one projection share storage, which is harmless
+    to a call that writes to none of its inputs."""
+
+    supports_aliasing = True
+
+
+_hop_name_to_variable_class[_call._name] = _CallVariable
 
 
 @torch._dynamo.assume_constant_result
@@ -79,12 +93,12 @@ def describe(**description: Any) -> str:
     return json.dumps(description)
 
 
-def record(call: str, scale: float | None, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], str]]) -> Any:
+def record(call: str, numbers: Numbers, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], str]]) -> Any:
     """Leave one node for a call, from code that Dynamo traces.
 
     Args:
         call: text of the description.
-        scale: a number that may be symbolic, or None.
+        numbers: numbers that may be symbolic, in the order that ``Family.run`` expects.
         tensors: main tensors, in the order that ``Family.run`` expects.
         functions: user functions, each with the types of its arguments, separated by commas.
     """
@@ -96,7 +110,7 @@ def record(call: str, scale: float | None, tensors: list[Tensor], functions: lis
             outputs.append(result)
         return torch.ops.torchhal.results(list(main), outputs, call)
 
-    return _call(body, *tensors, call=call, scale=scale)
+    return _call(body, *tensors, call=call, numbers=numbers)
 
 
 class _Function:
