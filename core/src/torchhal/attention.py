@@ -22,7 +22,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 INDICES = tuple((name, torch.int32) for name in ("b", "h", "q_idx", "kv_idx"))
 
-_plans: dict[tuple[object, ...], Selected] = fast_cache()
+_plans: dict[tuple[object, ...], Dense] = fast_cache()
 _unchosen = scope.current
 
 
@@ -100,17 +100,18 @@ def attention(
         return compiled.attention(
             query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
         )
-    if scope.current.context_parallel is not _unchosen:
+    if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
         return _context_parallel(
             query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
         )
     if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:
         if key.size(0) != query.size(0):
             key, value = share_batch(query, key, value)
-        selected = dense_plan(query, key, value, attn_mask, is_causal, enable_gqa, return_lse, backend, None, False)
-        assert selected.plan is not None
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        return selected.plan.run(query, key, value, attn_mask, factor, None)  # type: ignore[no-any-return]
+        flags = (is_causal, enable_gqa, return_lse, backend, None, False)
+        run_plan, record, default_scale = dense_plan(query, key, value, attn_mask, flags)
+        assert run_plan is not None
+        record()
+        return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)  # type: ignore[no-any-return]
     if query.is_nested:
         from torchhal import nested
 
@@ -257,49 +258,53 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 # ---------------------------------------------------------------------------- eager fast path
 
 
-def dense_plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    enable_gqa: bool,
-    return_lse: bool,
-    backend: str | None,
-    strict: bool | None,
-    or_torch: bool,
-) -> Selected:
-    """The plan for a dense call without user functions: one dictionary look-up after checking shapes."""
+Flags = tuple[bool, bool, bool, str | None, bool | None, bool]
+"""is_causal, enable_gqa, return_lse, backend, strict, or_torch."""
+Dense = tuple[Callable[..., Any] | None, Callable[[], object], float]
+"""The plan's ``run`` (None: torch keeps the call), the counter of its Route, and the default scale."""
+
+
+def dense_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, flags: Flags) -> Dense:
+    """The plan for a dense call without user functions: one dictionary look-up after checking shapes.
+
+    The whole budget of a call is 3 us, so what is read here is what a Problem depends on and no more. A key
+    on another device than the query is left for ``run`` to refuse; :func:`diagnose` then finds the words.
+    """
     try:
         batch, heads, _, size = query.shape
         key_batch, key_heads, length, key_size = key.shape
         value_batch, value_heads, value_length, value_size = value.shape
     except (ValueError, AttributeError):
-        raise InvalidProblem(attention_fault(query, key, value, "dense", enable_gqa)) from None
+        raise InvalidProblem(attention_fault(query, key, value, "dense", flags[1])) from None
     if batch != key_batch or batch != value_batch or length != value_length or size != key_size or key_heads != value_heads:
-        fault = attention_fault(query, key, value, "dense", enable_gqa)
-        if fault:
-            raise InvalidProblem(fault)
+        diagnose(query, key, value, "dense", flags[1])
     if attn_mask is None:
         mask_kind: object = None
-        grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     else:
         fault = mask_fault(attn_mask, query, key)
         if fault:
             raise InvalidProblem(fault)
-        mask_kind = attn_mask.dtype
-        grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad, attn_mask.requires_grad)
+        mask_kind = (attn_mask.dtype, attn_mask.requires_grad)
+    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad, mask_kind)
     cache_key = (
-        query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, heads, key_heads, size, value_size,
-        mask_kind, is_causal, enable_gqa, return_lse, grad, backend, strict, or_torch, scope.current.choice,
+        flags, query.dtype, key.dtype, value.dtype, query.device, heads, key_heads, size, value_size, mask_kind, grad,
+        scope.current.state,
     )  # fmt: skip
-    selected = _plans.get(cache_key)
-    if selected is None:
+    dense = _plans.get(cache_key)
+    if dense is None:
+        is_causal, enable_gqa, return_lse, backend, strict, or_torch = flags
         call = Call(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse,
                     backend=backend, strict=strict, or_torch=or_torch)  # fmt: skip
-        selected = _plans[cache_key] = choose(call)
-    selected.route.record()
-    return selected
+        selected = choose(call)
+        dense = _plans[cache_key] = (selected.run, selected.record, size**-0.5)
+    return dense
+
+
+def diagnose(query: Tensor, key: Tensor, value: Tensor, layout: str, enable_gqa: bool) -> None:
+    """Raise InvalidProblem if something is wrong with the main tensors of a call."""
+    fault = attention_fault(query, key, value, layout, enable_gqa)
+    if fault:
+        raise InvalidProblem(fault)
 
 
 # ---------------------------------------------------------------------------- every other call
@@ -321,7 +326,7 @@ def choose(call: Call) -> Selected:
 def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     """Serve a call of any layout: directly, or through an operator when the tensors are being traced."""
     selected = choose(call)
-    selected.route.record()
+    selected.record()
     assert selected.plan is not None
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     if is_traced(call.query) and not selected.plan.traceable:

@@ -91,25 +91,26 @@ def scaled_dot_product_attention(
         return compiled.scaled_dot_product_attention(
             mode.backend, mode.strict, query, key, value, attn_mask, is_causal, scale, enable_gqa
         )
-    if dropout_p == 0.0 and type(query) is Tensor and _unchosen.context_parallel is _unchosen and _torch_is_free():
+    if dropout_p == 0.0 and type(query) is Tensor and _flash_allowed() and _math_allowed():
+        if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
+            return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
         if attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)):
+            flags = (is_causal, enable_gqa, False, mode.backend, mode.strict, True)
             try:
-                selected = dense_plan(query, key, value, attn_mask, is_causal, enable_gqa, False, mode.backend, mode.strict, True)
+                run_plan, record, default_scale = dense_plan(query, key, value, attn_mask, flags)
             except InvalidProblem:  # torch broadcasts more, and has its own words for what it refuses
                 return _other_shapes(mode, query, key, value, attn_mask, is_causal, scale, enable_gqa)
-            if selected.plan is not None:
-                factor = query.shape[-1] ** -0.5 if scale is None else scale
-                return selected.plan.run(query, key, value, attn_mask, factor, None)
-    elif _unchosen.context_parallel is not _unchosen:
-        return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
+            record()
+            if run_plan is not None:
+                return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)
     elif type(query) is not Tensor and dropout_p == 0.0:
         return sdpa_traced(mode.backend, mode.strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _torch_is_free() -> bool:
-    """Whether torch may choose among its kernels: inside ``sdpa_kernel(...)`` the user has, and means it."""
-    return torch._C._get_flash_sdp_enabled() and torch._C._get_math_sdp_enabled()
+# Torch may choose among its kernels, except inside sdpa_kernel(...), where the user has and means it.
+_flash_allowed = torch._C._get_flash_sdp_enabled
+_math_allowed = torch._C._get_math_sdp_enabled
 
 
 def _other_shapes(
@@ -133,7 +134,7 @@ def sdpa_traced(
         backend=backend, strict=strict, or_torch=True,
     )  # fmt: skip
     plain = dropout_p == 0.0 and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)))
-    if plain and _torch_is_free():
+    if plain and _flash_allowed() and _math_allowed():
         try:
             problem = build_problem(call)
         except InvalidProblem:
@@ -142,7 +143,7 @@ def sdpa_traced(
             selected = select(problem, call.backend, strict=call.strict, or_torch=True)
             if selected.plan is not None:
                 return run(call)
-            selected.route.record()
+            selected.record()
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -49,7 +49,7 @@ def flex_attention(
     wants_lse = bool(options.get("OUTPUT_LOGSUMEXP", False))
     features = _features(query, key, value, score_mod is not None, masked, wants_lse)
     special = options.get("OUTPUT_MAX", False) or options.get("BACKEND", "AUTO") != "AUTO"
-    if special or not improvable(mode.backend, query.device, query.dtype, features, scope.current.choice is scope.current):
+    if special or not improvable(mode.backend, query.device, query.dtype, features, scope.current.state is scope.current):
         return _flex(query, key, value, score_mod or _identity, block_mask, scale, options, *rest)
     result = attention(
         query,

@@ -13,34 +13,55 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchhal.errors import InvalidProblem
 
-CHOICE: ContextVar[str] = ContextVar("torchhal_choice")
-CONTEXT_PARALLEL: ContextVar[Any] = ContextVar("torchhal_context_parallel")
+class State(NamedTuple):
+    """What is chosen around this code; absent altogether outside every block."""
+
+    backend: str | None = None
+    """The argument of the innermost ``use()``."""
+    context_parallel: Any = None
+    """The innermost ``context_parallel()`` block."""
+
+
+STATE: ContextVar[State] = ContextVar("torchhal_state")
 
 
 class _Scope(types.ModuleType):
     # ContextVar.get(default) is called with this module as its default: "nothing chosen" reads as the module.
-    choice = property(CHOICE.get)  # type: ignore[arg-type]
-    context_parallel = property(CONTEXT_PARALLEL.get)  # type: ignore[arg-type]
+    state = property(STATE.get)  # type: ignore[arg-type]
 
 
 current: Any = _Scope("torchhal.scope.current")
 sys.modules["torchhal.scope.current"] = current
 
 
+def state() -> State:
+    """The state around this code, empty outside every block."""
+    found = current.state
+    return State() if found is current else found
+
+
 def chosen_backend() -> str | None:
     """The backend of the innermost ``use()`` around this code, None outside one."""
-    choice = current.choice
-    return None if choice is current else choice
+    return state().backend
 
 
 def active_context_parallel() -> Any:
     """The innermost context-parallel block around this code, None outside one."""
-    block = current.context_parallel
-    return None if block is current else block
+    return state().context_parallel
+
+
+@contextmanager
+def changed(**fields: Any) -> Iterator[None]:
+    """Run the block with some fields of the state replaced, on this thread or asyncio task alone."""
+    token = STATE.set(state()._replace(**fields))
+    try:
+        yield
+    finally:
+        STATE.reset(token)
 
 
 @contextmanager
@@ -60,8 +81,5 @@ def use(backend: str) -> Iterator[None]:
     if not isinstance(backend, str):
         raise InvalidProblem(f"use() expects the name of a backend and got {backend!r}; for example use('reference')")
     registry().get(backend)
-    token = CHOICE.set(backend)
-    try:
+    with changed(backend=backend):
         yield
-    finally:
-        CHOICE.reset(token)

@@ -43,10 +43,6 @@ class Route:
     declined: tuple[tuple[str, Decline], ...] = ()
     _calls: Any = field(default_factory=lambda: itertools.count(), repr=False)
 
-    def record(self) -> None:
-        """Count one call. ``next`` on a C iterator is atomic, so no call of any thread is lost."""
-        next(self._calls)
-
     @property
     def count(self) -> int:
         """How many calls took this route: under torch.compile, how many times it was traced."""
@@ -73,10 +69,19 @@ class Route:
 
 
 class Selected(NamedTuple):
-    """A cached choice. ``plan`` is None when the mode should leave the call to torch."""
+    """A cached choice."""
 
     plan: Plan | None
+    """None when the mode should leave the call to torch."""
     route: Route
+    run: Callable[..., Any] | None
+    """``plan.run``, where the fast path reads it."""
+    record: Callable[[], object]
+    """Counts one call: ``next`` on a C iterator is atomic, so no call of any thread is lost."""
+
+
+def _selected_of(plan: Plan | None, route: Route) -> Selected:
+    return Selected(plan, route, plan.run if plan else None, route._calls.__next__)
 
 
 class _Explaining(str):
@@ -131,9 +136,8 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
     """
     from torchhal.mode import enable
 
-    token = scope.CHOICE.set(_Explaining(scope.chosen_backend() or ""))
     try:
-        with enable():
+        with scope.changed(backend=_Explaining(scope.chosen_backend() or "")), enable():
             fn(*args, **kwargs)
     except _Explained as answer:
         return answer.route
@@ -141,8 +145,6 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
         if error.route is not None:
             return error.route
         raise
-    finally:
-        scope.CHOICE.reset(token)
     name = getattr(fn, "__name__", repr(fn))
     raise InvalidProblem(f"explain() found no call in {name} that torchhal routes; pass a torchhal function or one that calls attention")
 
@@ -303,8 +305,8 @@ class _Selection:
                 self.declined[other] = Decline("outranked", f"not asked, {name} was chosen first")
         declined = tuple(self.declined.items())
         if name == REFERENCE and self.or_torch and self.argument is None and self.scoped is None and not rule.startswith("TORCHHAL"):
-            return Selected(None, Route(self.problem, TORCH, rule, "torch's own implementation", declined))
-        return Selected(plan, Route(self.problem, name, rule, plan.description, declined))
+            return _selected_of(None, Route(self.problem, TORCH, rule, "torch's own implementation", declined))
+        return _selected_of(plan, Route(self.problem, name, rule, plan.description, declined))
 
     # -- texts
 

@@ -89,12 +89,12 @@ def _record(
         functions.append((score_mod, f"{score},{_INDICES}"))
     if mask_mod is not None:
         functions.append((mask_mod, _INDICES))
-    choice = scope.current.choice  # read here so that Dynamo guards on it
+    state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="attention", layout=layout, tensors=list(tensors), has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p,
         return_lse=return_lse, backend=backend, or_torch=or_torch, strict=strict,
-        scoped=None if choice is scope.current else choice,
+        scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
     results = record(call, (scale, block_size), list(tensors.values()), functions)
     return (results[0], results[1]) if return_lse else results[0]

@@ -1,0 +1,47 @@
+"""Plans for attention: which native operator serves a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchhal import Decline, Plan
+from torchhal.problems import AttentionProblem
+from torchhal_cpu_x86 import hardware, native
+
+
+def plan(problem: AttentionProblem) -> Plan | Decline:
+    """The native plan for a dense problem, or why this machine has none."""
+    refusal = hardware.decline()
+    if refusal is not None:
+        return refusal
+    isa = native.load().get_isa(problem.query_dtype)
+    return Plan(
+        run=_runner(problem),
+        description=f"native, {isa}, tiled prefill and split-key decode",
+        deterministic=True,
+        traceable=True,
+        workspace="O(threads)",
+    )
+
+
+def _runner(problem: AttentionProblem) -> Callable[..., Any]:
+    """A call of the operator for the problem's mask and LSE, with what the problem fixes bound."""
+    operators = torch.ops.torchhal_cpu_x86
+    causal = problem.is_causal
+    if problem.mask_dtype is None:
+        plain = operators.attention_lse.default if problem.return_lse else operators.attention.default
+
+        def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, operands: object) -> Any:
+            return plain(query, key, value, causal, scale)
+
+        return run
+    masked = operators.masked_attention_lse.default if problem.return_lse else operators.masked_attention.default
+
+    def run_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float, operands: object) -> Any:
+        return masked(query, key, value, attn_mask, causal, scale)
+
+    return run_masked

@@ -1,0 +1,23 @@
+"""What this backend claims."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from torchhal import Capabilities
+from torchhal.problems import AttentionClaims
+
+CAPABILITIES: Final = Capabilities(
+    attention=AttentionClaims(
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        layouts=frozenset({"dense"}),
+        causal=True,
+        boolean_mask=True,
+        additive_mask=True,
+        gqa=True,
+        value_head_size=True,
+        lse=True,
+    ),
+)

@@ -1,0 +1,28 @@
+"""The hooks this backend implements; no logic of its own."""
+
+from __future__ import annotations
+
+from torchhal import BackendInfo, Decline, Plan, hookimpl
+from torchhal.problems import AttentionProblem
+
+from torchhal_cpu_x86 import attention, hardware
+from torchhal_cpu_x86.capabilities import CAPABILITIES
+
+
+@hookimpl
+def torchhal_backend() -> BackendInfo:
+    return BackendInfo(
+        name="cpu_x86",
+        vendor="torchhal",
+        device_types=frozenset({"cpu"}),
+        spec=">=1.0,<2",
+        capabilities=CAPABILITIES,
+        preference={"cpu": 200},
+        probe=hardware.probe,
+        install_hint='pip install "torchhal[cpu-x86]"',
+    )
+
+
+@hookimpl
+def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
+    return attention.plan(problem)
