@@ -15,7 +15,9 @@ from __future__ import annotations
 from torchhal import errors, pointwise
 from torchhal.attention import attention, merge_attention, paged_attention, varlen_attention
 
+from torchhal.foreach import foreach_map
 from torchhal.hookspecs import hookimpl
+from torchhal.matmul import matmul, pack_weight
 from torchhal.mode import enable
 from torchhal.problems import SPEC_VERSION, BackendInfo, Capabilities, Decline, Plan, Problem
 from torchhal.scope import use
@@ -34,8 +36,11 @@ __all__ = [
     "enable",
     "errors",
     "explain",
+    "foreach_map",
     "hookimpl",
+    "matmul",
     "merge_attention",
+    "pack_weight",
     "paged_attention",
     "pointwise",
     "routes",

@@ -13,9 +13,9 @@ from torchhal import scope
 from torchhal._checks import attention_fault, check_varlen, check_paged, mask_fault
 from torchhal.errors import InvalidProblem
 from torchhal.operands import AttentionOperands
-from torchhal.pointwise import Captured, capture as capture_cached
+from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import AttentionProblem, Plan
-from torchhal.selection import Selected, fast_cache, select
+from torchhal.selection import Selected, fast_cache, is_traced, select
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -330,19 +330,14 @@ def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     assert selected.plan is not None
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     if is_traced(call.query) and not selected.plan.traceable:
-        from torchhal import ops
+        from torchhal import ops_families
 
-        return ops.attention(selected.route, call, scale)
+        return ops_families.attention(selected.route, call, scale)
     return run_plan(selected.plan, call, scale)
 
 
 def run_plan(plan: Plan, call: Call, scale: float) -> Tensor | tuple[Tensor, Tensor]:
     return plan.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether the tensor stands for data that a compiler will see later: fake, functional, a proxy."""
-    return type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
 
 
 def build_problem(call: Call) -> AttentionProblem:

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+import torch
+from torch import Tensor
+
 from torchhal import environment, lock, scope
 from torchhal import registry as registry_module
 from torchhal.errors import AmbiguousBackends, BackendWarning, FallbackWarning, InvalidProblem, Unsupported
@@ -118,6 +121,11 @@ def reset() -> None:
         registry_module.reset()
         for cache in (_selected, _routes, *_fast_caches):
             cache.clear()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor stands for data that a compiler will see later: fake, functional, a proxy."""
+    return type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
 
 
 def routes() -> list[Route]:

@@ -23,10 +23,10 @@ from torchhal.attention import (
 from torchhal.compiled.call import FAMILIES, Description, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
 from torchhal.mode import sdpa_traced
-from torchhal.ops import empty_attention_output, empty_lse
+from torchhal.ops_families import attention_shapes
 from torchhal.pointwise import capture
 
-_INDICES = "int32,int32,int32,int32"
+_INDICES = [(torch.int32, False)] * 4
 
 
 def attention(
@@ -83,10 +83,9 @@ def _record(
     enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
     block_size: tuple[int, int] | None = None, or_torch: bool = False, strict: bool | None = None,
 ) -> Any:  # fmt: skip
-    score = "float64" if tensors["query"].dtype is torch.float64 else "float32"
     functions = []
     if score_mod is not None:
-        functions.append((score_mod, f"{score},{_INDICES}"))
+        functions.append((score_mod, [(score_dtype(tensors["query"].dtype), False), *_INDICES]))
     if mask_mod is not None:
         functions.append((mask_mod, _INDICES))
     state = scope.current.state  # read here so that Dynamo guards on it
@@ -100,10 +99,9 @@ def _record(
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def _shapes(call: Description, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _shapes(call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     named = dict(zip(call["tensors"], tensors, strict=True))
-    out = empty_attention_output(named["query"], named["value"])
-    return [out, empty_lse(named["query"], True)] if call["return_lse"] else [out]
+    return attention_shapes(named["query"], named["value"], call["return_lse"])
 
 
 def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:

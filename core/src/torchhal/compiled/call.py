@@ -24,10 +24,8 @@ from torch._dynamo.variables.higher_order_ops import BaseHOPVariable, _hop_name_
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch.fx import GraphModule, Interpreter, Node
 
-from torchhal.ops import library
+from torchhal.ops import Description, library
 
-Description = dict[str, Any]
-"""What one call says beyond its tensors and functions, as it travels in the node: JSON values only."""
 
 Numbers = tuple[Any, ...]
 """Numbers of a call that Dynamo may keep symbolic."""
@@ -37,23 +35,29 @@ Numbers = tuple[Any, ...]
 class Family:
     """How a family of calls ends: the shapes of its results, and the call itself once functions are captured."""
 
-    shapes: Callable[[Description, Sequence[Tensor]], list[Tensor]]
+    shapes: Callable[[Description, Sequence[Tensor], Sequence[Tensor], Sequence[int]], list[Tensor]]
+    """``(description, tensors, outputs, counts)`` to results of the right shapes; ``outputs`` are what the functions
+    give for stand-ins, ``counts`` how many each returns as a tuple, 0 for one that returns a lone value."""
     run: Callable[[Description, Numbers, Sequence[Tensor], Sequence[Callable[..., Any]]], Sequence[Tensor]]
+    """``(description, numbers, tensors, functions)`` to results, by way of the family's eager code."""
 
 
 FAMILIES: dict[str, Family] = {}
 
-library.define("arguments(Tensor like, str dtypes) -> Tensor[]")
-library.define("results(Tensor[] tensors, Tensor[] functions, str call) -> Tensor[]")
+Argument = tuple[torch.dtype, bool]
+"""Type of a stand-in, and whether it is 0-dim, so that it promotes as weakly as what it stands for."""
+
+library.define("arguments(Tensor like, ScalarType[] dtypes, bool[] numbers) -> Tensor[]")
+library.define("results(Tensor[] tensors, Tensor[] outputs, int[] counts, str call) -> Tensor[]")
 
 
-def _arguments(like: Tensor, dtypes: str) -> list[Tensor]:
-    return [like.new_zeros((1,), dtype=getattr(torch, name)) for name in dtypes.split(",")]
+def _arguments(like: Tensor, dtypes: list[torch.dtype], numbers: list[bool]) -> list[Tensor]:
+    return [like.new_zeros(() if number else (1,), dtype=dtype) for dtype, number in zip(dtypes, numbers, strict=True)]
 
 
-def _results(tensors: list[Tensor], functions: list[Tensor], call: str) -> list[Tensor]:
+def _results(tensors: list[Tensor], outputs: list[Tensor], counts: list[int], call: str) -> list[Tensor]:
     description = json.loads(call)
-    return FAMILIES[description["family"]].shapes(description, tensors)
+    return FAMILIES[description["family"]].shapes(description, tensors, outputs, counts)
 
 
 for _name, _function in (("arguments", _arguments), ("results", _results)):
@@ -90,25 +94,29 @@ _hop_name_to_variable_class[_call._name] = _CallVariable
 @torch._dynamo.assume_constant_result
 def describe(**description: Any) -> str:
     """The JSON text of a description; Dynamo runs it while tracing, since all its values are constants."""
-    return json.dumps(description)
+    return json.dumps(description, default=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def record(call: str, numbers: Numbers, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], str]]) -> Any:
+def record(call: str, numbers: Numbers, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], list[Argument]]]) -> Any:
     """Leave one node for a call, from code that Dynamo traces.
 
     Args:
         call: text of the description.
         numbers: numbers that may be symbolic, in the order that ``Family.run`` expects.
         tensors: main tensors, in the order that ``Family.run`` expects.
-        functions: user functions, each with the types of its arguments, separated by commas.
+        functions: user functions, each with the types of its arguments.
     """
 
     def body(*main: Tensor) -> Any:
         outputs: list[Tensor] = []
-        for function, dtypes in functions:
-            result = function(*torch.ops.torchhal.arguments(main[0], dtypes))
-            outputs.append(result)
-        return torch.ops.torchhal.results(list(main), outputs, call)
+        counts: list[int] = []
+        for function, arguments in functions:
+            dtypes, weak = [dtype for dtype, _ in arguments], [number for _, number in arguments]
+            result = function(*torch.ops.torchhal.arguments(main[0], dtypes, weak))
+            counts.append(len(result) if isinstance(result, tuple) else 0)
+            for output in result if isinstance(result, tuple) else (result,):
+                outputs.append(output if isinstance(output, Tensor) else torch.full((1,), output))
+        return torch.ops.torchhal.results(list(main), outputs, counts, call)
 
     return _call(body, *tensors, call=call, numbers=numbers)
 
@@ -116,17 +124,21 @@ def record(call: str, numbers: Numbers, tensors: list[Tensor], functions: list[t
 class _Function:
     """One user function inside the body of a call, callable with the arguments of a capture."""
 
-    def __init__(self, body: GraphModule, operands: Sequence[Any], arguments: Sequence[Node], output: Node) -> None:
+    def __init__(
+        self, body: GraphModule, operands: Sequence[Any], arguments: Sequence[Node], outputs: Sequence[Node], structure: str
+    ) -> None:
         self.body = body
         self.operands = operands
         self.arguments = arguments
-        self.output = output
+        self.outputs = outputs
+        self.structure = structure
 
     def __call__(self, *values: Any) -> Any:
-        interpreter = _Slice(self.body, self.output)
         placeholders = [n for n in self.body.graph.nodes if n.op == "placeholder"]
         env = dict(zip(placeholders, map(_as_tensor, self.operands), strict=True))
-        return interpreter.evaluate({**env, **{node: values[cast(int, node.args[1])] for node in self.arguments}})
+        env.update({node: values[cast(int, node.args[1])] for node in self.arguments})
+        results = tuple(_Slice(self.body, output).evaluate(env) for output in self.outputs)
+        return results if self.structure == "tuple" else results[0]
 
 
 class _Slice(Interpreter):
@@ -138,8 +150,9 @@ class _Slice(Interpreter):
 
     def evaluate(self, env: dict[Node, Any]) -> Any:
         self.env = env
+        needed = _ancestors(self.output, set(env))
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
-            if node not in env and node in _ancestors(self.output, set(env)):
+            if node in needed:
                 env[node] = self.run_node(node)
         return env[self.output]
 
@@ -161,9 +174,12 @@ def _open(body: GraphModule, operands: Sequence[Any]) -> tuple[list[Tensor], lis
     env = dict(zip(placeholders, operands, strict=True))
     (end,) = (n for n in body.graph.nodes if n.target in _op("results"))
     starts = [n for n in body.graph.nodes if n.target in _op("arguments")]
-    tensors, outputs = cast(list[Node], end.args[0]), cast(list[Node], end.args[1])
+    tensors, outputs, counts = (cast(list[Any], argument) for argument in end.args[:3])
     main = [_Slice(body, node).evaluate(dict(env)) for node in tensors]
-    functions = [_Function(body, operands, list(start.users), output) for start, output in zip(starts, outputs, strict=True)]
+    functions, pending = [], iter(outputs)
+    for start, count in zip(starts, counts, strict=True):
+        own = [next(pending) for _ in range(count or 1)]
+        functions.append(_Function(body, operands, list(start.users), own, "tuple" if count else "single"))
     return main, functions
 
 

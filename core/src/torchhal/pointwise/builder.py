@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchhal.errors import InvalidProblem
-from torchhal.pointwise.dtypes import NAME_OF, Number, convert, is_float, is_integer
+from torchhal.pointwise.dtypes import NAME_OF, Number, convert, is_float, is_integer, promote
 from torchhal.pointwise.fold import fold
 from torchhal.pointwise.graph import Attribute, CapturedSpec, Graph, Input, Node
 from torchhal.pointwise.primitives import COMMUTATIVE, PRIMITIVES, is_index, misfit
@@ -50,7 +50,7 @@ class GraphBuilder:
     def constant(self, value: Number, dtype: torch.dtype) -> int:
         """``value`` converted to ``dtype``."""
         number = convert(value, dtype)
-        attribute: Attribute = repr(number) if is_float(dtype) else number
+        attribute: Attribute = repr(number) if isinstance(number, float) else number
         return self._intern(Node("constant", (), dtype, attribute))
 
     def gather(self, position: int, indices: Sequence[int]) -> int:
@@ -193,9 +193,9 @@ def _keeps(narrow: torch.dtype, wide: torch.dtype) -> bool:
     if narrow is torch.bool:
         return True
     if is_float(narrow):
-        return is_float(wide) and torch.promote_types(narrow, wide) is wide
+        return is_float(wide) and promote(narrow, wide) is wide
     if is_integer(wide):
-        return torch.promote_types(narrow, wide) is wide
+        return promote(narrow, wide) is wide
     return is_float(wide) and _digits(narrow) <= _MANTISSA[wide]
 
 

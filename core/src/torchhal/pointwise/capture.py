@@ -12,22 +12,22 @@ from torch.overrides import TorchFunctionMode
 
 from torchhal.errors import CaptureError
 from torchhal.pointwise import composites as _composites  # noqa: F401  (registers the functions)
+from torchhal.pointwise.dtypes import is_float
 from torchhal.pointwise.graph import Graph
-from torchhal.pointwise.names import RANDOM, advice_for, is_in_place, name_of
+from torchhal.pointwise.names import RANDOM, READS, advice_for, is_in_place, name_of
 from torchhal.pointwise.promotion import Kind
 from torchhal.pointwise.tracer import Tracer
 from torchhal.pointwise.values import Value, search_recorded
 
 Structure = Literal["single", "tuple"]
 
+# What a captured tensor may be asked without the capture depending on more than dtype, shape and device.
 _METADATA = frozenset(
     ("shape", "dtype", "ndim", "device", "size", "dim", "numel", "nelement", "is_floating_point", "layout",
-     "is_cuda", "requires_grad", "is_sparse", "__len__", "len", "finfo", "iinfo", "get_default_dtype",
-     "result_type", "promote_types", "is_tensor", "stride", "is_contiguous", "names", "is_nested")
+     "is_cuda", "len")
 )  # fmt: skip
-_READS = {"bool": "bool", "float": "float", "int": "int", "index": "int", "complex": "complex"}
-_READS_DATA = frozenset(("tolist", "numpy", "array", "equal", "allclose", "is_nonzero", *_READS))
-_LITERALS = frozenset(("tensor", "scalar_tensor", "as_tensor", "asarray", "full", "zeros", "ones"))
+_READS_DATA = frozenset(("tolist", "numpy", "equal", "allclose", "is_nonzero", *READS))
+LITERALS = frozenset(("tensor", "scalar_tensor", "as_tensor", "asarray", "full", "zeros", "ones"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class _CaptureMode(TorchFunctionMode):
         if is_in_place(name):
             self.tracer.refuse(f"in-place {name} on a tensor", advice_for(name))
         result = func(*args, **kwargs)
-        if name in _LITERALS and self._literal(name, args, kwargs, result):
+        if name in LITERALS and self._literal(name, args, kwargs, result):
             return result
         self.tracer.pure = False
         return result
@@ -95,7 +95,7 @@ class _CaptureMode(TorchFunctionMode):
         return Value(self.tracer, kept.node, kept.dtype, Kind.NUMBER)
 
     def _refuse_read(self, name: str) -> None:
-        asked = f"{_READS[name]}() of a captured tensor" if name in _READS else f"{name} of a captured tensor"
+        asked = f"{READS[name]}() of a captured tensor" if name in READS else f"{name} of a captured tensor"
         self.tracer.refuse(
             asked,
             "the graph must not depend on data: use the 0-dim tensor itself, torch.where in place of a branch, "
@@ -187,7 +187,9 @@ def _describe(fn: Callable[..., Any]) -> str:
 
 def _output(tracer: Tracer, fn: Callable[..., Any], item: Any) -> Value:
     if isinstance(item, (Value, bool, int, float)):
-        return tracer.lift(item, "the result")
+        value = tracer.lift(item, "the result")
+        weak = value.kind is Kind.NUMBER and is_float(value.dtype)
+        return tracer.convert(value, torch.get_default_dtype()) if weak else value
     if isinstance(item, torch.Tensor) and item.dim() == 0:
         return tracer.lift(item, "the result")
     shown = f"a tensor of shape {tuple(item.shape)}" if hasattr(item, "shape") else f"{type(item).__name__} {item!r}"

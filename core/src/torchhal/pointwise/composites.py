@@ -121,7 +121,7 @@ def tanhshrink(x: Value) -> Any:
     return x - call("tanh", x)
 
 
-@activation("threshold")
+@activation("threshold", "_threshold")
 def threshold(x: Value, threshold: float, value: float) -> Any:
     return call("where", x <= threshold, value, x)
 
@@ -179,19 +179,6 @@ def logaddexp(t: Tracer, input: Any, other: Any) -> Value:
     return call("where", equal, left, call("add", high, call("log1p", call("exp", -gap))))
 
 
-@define("xlogy")
-def xlogy(t: Tracer, input: Any, other: Any) -> Value:
-    x, y = t.lift(input), floating_unary_or_same(t, other)
-    zero = call("logical_and", call("eq", x, 0), call("logical_not", call("isnan", y)))
-    return call("where", zero, 0.0, call("mul", x, call("log", call("where", zero, 1.0, y))))
-
-
-def floating_unary_or_same(t: Tracer, item: Any) -> Value:
-    """``item`` as a floating value."""
-    (value,), _ = unify(t, [t.lift(item)], "conversion", floating=True)
-    return value
-
-
 @define("hypot")
 def hypot(t: Tracer, input: Any, other: Any) -> Value:
     left, right = t.lift(input), t.lift(other)
@@ -200,7 +187,7 @@ def hypot(t: Tracer, input: Any, other: Any) -> Value:
 
 @define("lerp")
 def lerp(t: Tracer, input: Any, end: Any, weight: Any) -> Value:
-    """torch picks the form by the weight, so that both ends are reached exactly."""
+    """Torch picks the form by the weight, so that both ends are reached exactly."""
     start, stop, share = t.lift(input), t.lift(end), t.lift(weight)
     span = call("sub", stop, start)
     near = call("add", start, call("mul", share, span))

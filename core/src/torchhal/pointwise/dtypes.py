@@ -20,6 +20,9 @@ INTEGER_SET: Final = frozenset(INTEGERS)
 REDUCED: Final = frozenset((torch.bfloat16, torch.float16))
 INDEX_DTYPES: Final = frozenset((torch.int64, torch.int32))
 
+# A table, because torch.promote_types is a torch function and would be seen by the capture it serves.
+_PROMOTED: Final = {(a, b): torch.promote_types(a, b) for a in DTYPES for b in DTYPES}
+
 _BITS: Final = {torch.int64: 64, torch.int32: 32, torch.int16: 16, torch.int8: 8, torch.uint8: 8}
 
 Number = bool | int | float
@@ -33,6 +36,11 @@ def is_float(dtype: torch.dtype) -> bool:
 def is_integer(dtype: torch.dtype) -> bool:
     """Whether ``dtype`` is a signed or unsigned integer dtype (not bool)."""
     return dtype in INTEGER_SET
+
+
+def promote(left: torch.dtype, right: torch.dtype) -> torch.dtype:
+    """``torch.promote_types`` of two dtypes of the language."""
+    return _PROMOTED[left, right]
 
 
 def integer_range(dtype: torch.dtype) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from torchhal.pointwise.dtypes import REDUCED, fits, is_float, is_integer
+from torchhal.pointwise.dtypes import REDUCED, convert, fits, is_float, is_integer
 from torchhal.pointwise.promotion import Kind, number_type, result_type
 from torchhal.pointwise.values import Value
 
@@ -19,6 +19,7 @@ FUNCTIONS: Final[dict[str, Handler]] = {}
 """Every torch function that can be captured, by the name :func:`~torchhal.pointwise.names.name_of` gives it."""
 
 _ON_BOOL: Final = {"add": "logical_or", "mul": "logical_and", "max": "logical_or", "min": "logical_and",
+                   "clamp_min": "logical_or", "clamp_max": "logical_and",
                    "bitwise_and": "logical_and", "bitwise_or": "logical_or", "bitwise_xor": "logical_xor"}  # fmt: skip
 
 
@@ -71,29 +72,27 @@ def binary(t: Tracer, primitive: str, left: Any, right: Any, *, floating: bool =
     return t.emit(primitive, kind, *operands)
 
 
-def widened(t: Tracer, primitive: str, left: Any, right: Any, weak: str, *, floating: bool = False) -> Value:
-    """Like :func:`binary`; a weak operand that a half type would round is used in float32.
+def widened(t: Tracer, primitive: str, left: Value, right: Value, *, then: str | None = None) -> Value | None:
+    """The half-precision case in which torch's kernels keep float32 between operand and result.
 
-    This is what torch's kernels do for multiplication (either side) and division (right side): the
-    scalar keeps float32 precision and only the result is rounded.
+    That is multiplication and division by a scalar on the right that the half type would round: the
+    scalar keeps float32 precision and only the result (after ``then``) is rounded. None elsewhere.
     """
-    operands = [t.lift(left, primitive), t.lift(right, primitive)]
-    dtype = result_type([(value.dtype, value.kind) for value in operands])
-    scalars = [value for value in (operands if weak == "either" else operands[1:]) if value.kind is not Kind.LANE]
-    lanes = max(value.kind for value in operands) is Kind.LANE
-    if dtype not in REDUCED or not lanes or all(_exact(t, value, dtype) for value in scalars):
-        return binary(t, primitive, *operands, floating=floating)
-    wide = [t.convert(value, torch.float32) for value in operands]
-    return t.convert(t.emit(primitive, Kind.LANE, *wide), dtype)
+    if left.kind is not Kind.LANE or right.kind is Kind.LANE:
+        return None
+    dtype = result_type([(left.dtype, left.kind), (right.dtype, right.kind)])
+    if dtype not in REDUCED or _exact(t, right, dtype):
+        return None
+    result = t.emit(primitive, Kind.LANE, t.convert(left, torch.float32), t.convert(right, torch.float32))
+    return t.convert(result if then is None else t.emit(then, Kind.LANE, result), dtype)
 
 
 def _exact(t: Tracer, value: Value, dtype: torch.dtype) -> bool:
+    """Whether converting ``value`` to ``dtype`` loses nothing that float32 would keep."""
     number = t.constant_value(value.node)
     if number is None:
         return value.dtype is dtype
-    return t.literal(number, dtype).node == t.literal(number, torch.float32).node or bool(
-        t.constant_value(t.constant(number, dtype)) == t.constant_value(t.constant(number, torch.float32))
-    )
+    return repr(convert(number, dtype)) == repr(convert(number, torch.float32))
 
 
 _COMPARISONS: Final = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -120,7 +119,11 @@ def rsub(t: Tracer, input: Any, other: Any, *, alpha: Any = 1) -> Value:
 
 @define("mul")
 def mul(t: Tracer, input: Any, other: Any) -> Value:
-    return widened(t, "mul", input, other, "either")
+    left, right = t.lift(input, "mul"), t.lift(other, "mul")
+    if left.kind is Kind.NUMBER:
+        left, right = right, left
+    wide = widened(t, "mul", left, right)
+    return binary(t, "mul", left, right) if wide is None else wide
 
 
 @define("div")
@@ -128,13 +131,20 @@ def div(t: Tracer, input: Any, other: Any, *, rounding_mode: str | None = None) 
     if rounding_mode == "floor":
         return floor_divide(t, input, other)
     if rounding_mode == "trunc":
-        operands, kind = unify(t, [t.lift(input), t.lift(other)], "div")
-        if is_integer(operands[0].dtype):
-            return t.emit("truncdiv", kind, *operands)
-        return round_like(t, "trunc", div(t, input, other))
+        return _truncated_division(t, t.lift(input, "div"), t.lift(other, "div"))
     if rounding_mode is not None:
         t.refuse(f"div with rounding_mode={rounding_mode!r}", "rounding_mode is None, 'floor' or 'trunc'")
-    return widened(t, "div", input, other, "right", floating=True)
+    left, right = t.lift(input, "div"), t.lift(other, "div")
+    wide = widened(t, "div", left, right)
+    return binary(t, "div", left, right, floating=True) if wide is None else wide
+
+
+def _truncated_division(t: Tracer, left: Value, right: Value) -> Value:
+    operands, kind = unify(t, [left, right], "div")
+    if is_integer(operands[0].dtype):
+        return t.emit("truncdiv", kind, *operands)
+    wide = widened(t, "div", left, right, then="trunc")
+    return round_like(t, "trunc", binary(t, "div", left, right, floating=True)) if wide is None else wide
 
 
 @define("operator_rdiv")
@@ -148,7 +158,9 @@ def operator_rdiv(t: Tracer, input: Any, other: Any) -> Value:
 
 @define("floor_divide")
 def floor_divide(t: Tracer, input: Any, other: Any) -> Value:
-    return widened(t, "floordiv", input, other, "right")
+    left, right = t.lift(input, "floor_divide"), t.lift(other, "floor_divide")
+    wide = widened(t, "floordiv", left, right)
+    return binary(t, "floordiv", left, right) if wide is None else wide
 
 
 @define("pow", "float_power")
@@ -204,10 +216,8 @@ def clamp(t: Tracer, input: Any, min: Any = None, max: Any = None) -> Value:
         t.refuse("clamp without bounds", "give min, max or both")
     operands, kind = unify(t, [t.lift(input), *given.values()], "clamp")
     value = operands[0]
-    if value.dtype is torch.bool:
-        t.refuse("clamp of bool values", "convert first: value.to(torch.int32)")
     for name, bound in zip(given, operands[1:], strict=True):
-        value = t.emit(name, kind, value, bound)
+        value = t.emit(_ON_BOOL[name] if value.dtype is torch.bool else name, kind, value, bound)
     return value
 
 
@@ -249,6 +259,8 @@ def round_like(t: Tracer, primitive: str, input: Any) -> Value:
 
 def _on_numbers(t: Tracer, primitive: str, input: Any) -> Value:
     value = t.lift(input, primitive)
+    if value.dtype is torch.bool and primitive == "sign":
+        return value
     if value.dtype is torch.bool:
         t.refuse(f"{primitive} of a bool value", "convert first: value.to(torch.int32); the negation of a mask is ~mask")
     return t.emit(primitive, value.kind, value)
@@ -310,10 +322,17 @@ _register(_bits, "bitwise_and bitwise_or bitwise_xor")
 _register(_bits, "bitwise_left_shift bitwise_right_shift", "shift_left shift_right")
 _register(_logical, "logical_and logical_or logical_xor")
 _register(_classify, "isnan isinf isfinite")
-_register(_on_numbers, "neg abs sign relu")
+_register(_on_numbers, "neg abs sign")
 _register(floating_unary, "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sigmoid erf erfc erfinv")
 _register(floating_unary, "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh")
 _register(round_like, "floor ceil trunc")
+
+
+@define("relu")
+def relu(t: Tracer, input: Any, inplace: bool = False) -> Value:
+    if inplace:
+        t.refuse("relu with inplace=True", "values are immutable: use the result")
+    return _on_numbers(t, "relu", input)
 
 
 @define("atan2")

@@ -40,6 +40,13 @@ RANDOM: Final = frozenset(next(names for text, names in _GROUPS.items() if text.
 _ADVICE: Final = {name: text for text, names in _GROUPS.items() for name in names}
 
 
+READS: Final = {
+    "__bool__": "bool", "__float__": "float", "__int__": "int", "__index__": "int", "__complex__": "complex",
+    "__contains__": "in", "__array__": "numpy",
+}  # fmt: skip
+"""Special methods that turn a tensor into Python data, and what the user wrote; ``Tensor.float`` is no such thing."""
+
+
 def name_of(func: Any) -> str:
     """One name for ``torch.f``, ``Tensor.f``, ``F.f``, ``torch.special.f`` and ``torch.ops.aten.f``."""
     if isinstance(func, OpOverload):
@@ -54,6 +61,8 @@ def name_of(func: Any) -> str:
 
 
 def _plain(name: str) -> str:
+    if name in READS:
+        return name
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
         if name.startswith("i") and name[1:] in _IN_PLACE:

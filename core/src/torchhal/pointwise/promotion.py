@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import torch
 
-from torchhal.pointwise.dtypes import is_float
+from torchhal.pointwise.dtypes import is_float, promote
 
 
 class Kind(IntEnum):
@@ -29,7 +29,7 @@ def result_type(operands: Iterable[tuple[torch.dtype, Kind]]) -> torch.dtype:
         if kind is Kind.NUMBER and is_float(dtype):
             dtype = torch.get_default_dtype()
         known = groups.get(kind)
-        groups[kind] = dtype if known is None or known is dtype else torch.promote_types(known, dtype)
+        groups[kind] = dtype if known is None or known is dtype else promote(known, dtype)
     result: torch.dtype | None = None
     for kind in (Kind.NUMBER, Kind.SCALAR, Kind.LANE):
         if kind in groups:
@@ -43,7 +43,7 @@ def _combine(strong: torch.dtype, weak: torch.dtype) -> torch.dtype:
     if is_float(strong) or strong is weak:
         return strong
     if strong is torch.bool or is_float(weak):
-        return torch.promote_types(strong, weak)
+        return promote(strong, weak)
     return strong
 
 

@@ -9,7 +9,7 @@ import torch
 
 from torchhal.errors import InvalidProblem
 from torchhal.pointwise.builder import GraphBuilder
-from torchhal.pointwise.dtypes import DTYPE_OF, NAME_OF, fits, is_float, is_integer
+from torchhal.pointwise.dtypes import DTYPE_OF, NAME_OF, convert, fits, is_float, is_integer
 from torchhal.pointwise.graph import Attribute, CapturedSpec, Graph, Input, Node
 from torchhal.pointwise.primitives import PRIMITIVES, is_index, misfit
 
@@ -154,15 +154,14 @@ def _leaf_dtype(
     if not _is_count(node.attribute, len(table)):
         _refuse(f"node {i} ({node.primitive}) reads position {node.attribute!r} of {len(table)}")
     entry = table[node.position]
-    if isinstance(entry, CapturedSpec):
-        if len(dtypes) != entry.ndim or not all(is_index(d) for d in dtypes):
-            _refuse(f"node {i} must index {entry.ndim} dimensions: {misfit('gather', dtypes)}")
+    if isinstance(entry, CapturedSpec) and not (len(dtypes) == entry.ndim and all(map(is_index, dtypes))):
+        _refuse(f"node {i} must index {entry.ndim} dimensions: {misfit('gather', dtypes)}")
     return entry.dtype
 
 
 def _check_constant(attribute: Attribute, dtype: torch.dtype, i: int) -> None:
     if is_float(dtype):
-        good = isinstance(attribute, str) and _is_float_text(attribute)
+        good = isinstance(attribute, str) and _is_float_text(attribute, dtype)
     elif is_integer(dtype):
         good = type(attribute) is int and fits(attribute, dtype)
     else:
@@ -171,9 +170,10 @@ def _check_constant(attribute: Attribute, dtype: torch.dtype, i: int) -> None:
         _refuse(f"node {i} holds {attribute!r}, which is no {NAME_OF[dtype]} constant")
 
 
-def _is_float_text(text: str) -> bool:
+def _is_float_text(text: str, dtype: torch.dtype) -> bool:
+    """Whether ``text`` is how :func:`dump` writes a number that ``dtype`` holds exactly."""
     try:
-        return repr(float(text)) == text
+        return repr(convert(float(text), dtype)) == text
     except ValueError:
         return False
 

@@ -85,6 +85,7 @@ class Tracer(GraphBuilder):
             f"{operation} with an operand of type {type(item).__name__}",
             "operands can be values, Python bool/int/float, and captured tensors indexed down to a scalar",
         )
+        return None
 
     def index(self, tensor: torch.Tensor, indices: tuple[Any, ...]) -> Any:
         """``tensor[indices]``: a value at full rank, a waiting view below it."""

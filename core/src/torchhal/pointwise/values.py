@@ -89,17 +89,19 @@ class Recorded:
         self._refuse_number("complex")
 
     def _refuse_number(self, kind: str) -> NoReturn:
-        used = re.search(r"\bmath\.(\w+)", source_line())
+        used = re.search(r"\bmath\.(\w+)\(", source_line())
         if used:
             self.tracer.refuse(f"math.{used[1]} of a value", f"use torch.{used[1]}, which can be captured")
         self.tracer.refuse(
-            f"{kind}() of a value", f"its data does not exist yet: use value.{kind}() or value.to(dtype) to convert"
+            f"{kind}() of a value, or a function of the math module",
+            f"its data does not exist yet: convert with value.{kind}() or value.to(dtype), "
+            "and use torch.exp, torch.sin, ... in place of math.exp, math.sin, ...",
         )
 
 
 def find_recorded(args: Sequence[Any], kwargs: dict[str, Any]) -> Recorded:
     """The first stand-in among the arguments of a torch call, also inside lists and tuples."""
-    found = search_recorded(args) or search_recorded(tuple(kwargs.values()))
+    found = search_recorded((args, tuple(kwargs.values())))
     if found is None:
         raise TypeError("a torch function reached torchhal's capture without any captured value")
     return found
@@ -170,7 +172,7 @@ class Value(Recorded):
     __lshift__, __rlshift__ = _binary("bitwise_left_shift"), _reflected("bitwise_left_shift")
     __rshift__, __rrshift__ = _binary("bitwise_right_shift"), _reflected("bitwise_right_shift")
     __lt__, __le__, __gt__, __ge__ = _binary("lt"), _binary("le"), _binary("gt"), _binary("ge")
-    __eq__, __ne__ = _binary("eq"), _binary("ne")  # type: ignore[assignment]
+    __eq__, __ne__ = _binary("eq"), _binary("ne")
     __neg__, __pos__, __abs__, __invert__ = _unary("neg"), _unary("positive"), _unary("abs"), _unary("bitwise_not")
     __hash__ = object.__hash__
     __floor__ = _refused("math.floor of a value", "use torch.floor")

@@ -6,8 +6,8 @@ In this order, for each query row i and key j:
 2. ``score_mod(score, b, h, q_idx, kv_idx)``, with ``h`` the *query* head and int32 indices;
 3. a floating ``attn_mask`` is added to the score;
 4. the key is hidden by ``is_causal`` (kv_idx > q_idx), by a boolean ``attn_mask`` or a ``mask_mod`` that is
-   False, by a BlockMask that does not list the pair's block (``mask_mod`` has no say in its full blocks), and
-   by a score of -inf;
+   False, by a BlockMask that does not list the pair's block (``mask_mod`` has no say in its full blocks), by
+   a floating ``attn_mask`` of -inf, and by a score of -inf;
 5. ``lse = log(sum_j exp(score_j))`` and ``p_j = exp(score_j - lse)`` over the keys that are not hidden;
 6. dropout keeps or drops ``p_j`` and divides by ``1 - dropout_p`` (:mod:`torchhal.reference.dropout`); a
    dropped key is not a hidden one;
@@ -63,11 +63,12 @@ def attention(
     """Attention in any layout; :func:`torchhal.hookspecs.torchhal_attention` has the arguments and shapes.
 
     Differentiable with respect to query, key, value, a floating mask and captured tensors, through the output
-    and through the LSE. Each index starts at 0 in each sequence, ``b`` is the number of the sequence, and
+    and through the LSE; ``score_mod`` needs finite derivatives with respect to its captured tensors, even at
+    hidden pairs. Each index starts at 0 in each sequence, ``b`` is the number of the sequence, and
     ``is_causal`` compares those indices: top-left alignment. In the paged layout the query rows are the
     newest tokens, so row i has ``q_idx = seq_lens - L + i`` and ``is_causal`` ends in the bottom-right
-    corner; a row before position 0 sees no key under ``is_causal`` or a BlockMask. The blocks of a BlockMask
-    are counted in the same indices.
+    corner; a row before position 0 sees no key under ``is_causal`` or a BlockMask. A BlockMask counts its
+    blocks in the same indices.
 
     Returns:
         ``out``, of the query's shape with the value's head size and the query's dtype; or ``(out, lse)``,
@@ -129,7 +130,8 @@ def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: Att
         scores = scores + piece.mask.to(dtype)
     if visible is not None:
         scores = torch.where(visible, scores, -torch.inf)
-    counts = None if _sees_everything(problem, piece, visible) else scores != -torch.inf
+    sees_everything = visible is None and problem.score_mod is None
+    counts = None if sees_everything else scores != -torch.inf
     weights, lse = _softmax(scores, counts)
     if problem.dropout:
         weights = _dropped(weights, grid, operands)
@@ -192,10 +194,6 @@ def _modified(
     # Where a mask hides pairs, the mod may have no value for them: an index out of range is no mistake there.
     (modified,) = evaluate(problem.score_mod, inputs, operands.captured, clamp_indices=visible is not None)
     return modified.to(scores.dtype).expand_as(scores)
-
-
-def _sees_everything(problem: AttentionProblem, piece: Piece, visible: Tensor | None) -> bool:
-    return visible is None and problem.score_mod is None and piece.mask is None
 
 
 # ---------------------------------------------------------------------------- merging

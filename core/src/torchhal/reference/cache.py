@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -11,7 +10,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 from urllib.parse import parse_qs, urlsplit
@@ -36,7 +35,10 @@ def plan(problem: CacheStoreProblem) -> Plan | Decline:
         return Plan(run=FileStore.open, description="a directory of files with SHA-256 digests")
     if problem.scheme == "memory":
         return Plan(run=MemoryStore.open, description="the memory of this process")
-    return Decline("unclaimed_scheme", f"keeps caches in files (file:///path) and in memory (memory://name), not at {problem.scheme}://")
+    return Decline(
+        "unclaimed_scheme",
+        f"keeps caches in files (file:///path) and in memory (memory://name), not at {problem.scheme}://",
+    )
 
 
 # ---------------------------------------------------------------------------- files
@@ -45,9 +47,9 @@ def plan(problem: CacheStoreProblem) -> Plan | Decline:
 class FileStore:
     """A directory with one file for each entry: ``magic | SHA-256 of the value | value``.
 
-    Files are written aside, synced and moved into place, so a process or machine that dies leaves the old value.
-    Directory and files are the owner's alone (0700, 0600) when created. The store never follows a link to an
-    entry, and refuses a directory that is a link of, or to, another user's, or that anyone may write to.
+    Files are written aside, synced and moved into place, so whoever dies leaves the old value. Directory and
+    files are the owner's alone (0700, 0600) when created. No link to an entry is followed; a directory that is
+    a link of, or to, another user's, or that anyone may write to, is refused.
 
     Args:
         root: the directory; created if missing.
@@ -65,7 +67,9 @@ class FileStore:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise Unsupported(f"can not create the cache store {root}: {_reason(error)}; choose a directory you can write to") from error
+            raise Unsupported(
+                f"can not create the cache store {root}: {_reason(error)}; choose a directory you can write to"
+            ) from error
         _check_directory(root)
 
     @staticmethod
@@ -75,7 +79,9 @@ class FileStore:
             return FileStore(Path(url).expanduser().absolute())
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise InvalidProblem(f"a file URL names an absolute path on this machine, as in file:///var/cache/torchhal; got {url!r}")
+            raise InvalidProblem(
+                f"a file URL names an absolute path on this machine, as in file:///var/cache/torchhal; got {url!r}"
+            )
         return FileStore(Path(url2pathname(parts.path)), _max_bytes(url, parts.query))
 
     @property
@@ -92,7 +98,9 @@ class FileStore:
             self._misses += 1
             return None
         except OSError as error:
-            raise Unsupported(f"can not read '{key}' in the cache store {self.root}: {_reason(error)}") from error
+            raise Unsupported(
+                f"can not read '{key}' in the cache store {self.root}: {_reason(error)}"
+            ) from error
         with contextlib.suppress(OSError):  # a store mounted read-only has no record of use
             os.utime(path)
         self._hits += 1
@@ -107,19 +115,24 @@ class FileStore:
         """
         path = self._path(key)
         if self.max_bytes is not None and len(value) + _HEADER > self.max_bytes:
-            raise InvalidProblem(f"'{key}' needs {len(value) + _HEADER} bytes and the store is bounded to max_bytes={self.max_bytes}; raise the bound")
+            raise InvalidProblem(
+                f"'{key}' needs {len(value) + _HEADER} bytes and the store is bounded to "
+                f"max_bytes={self.max_bytes}; raise the bound"
+            )
         try:
             _write(path, MAGIC + hashlib.sha256(value).digest() + value)
             self._tidy(keep=path)
         except OSError as error:
             advice = "choose a directory you can write to; loading from this one still works"
-            raise Unsupported(f"can not write '{key}' to the cache store {self.root}: {_reason(error)}; {advice}") from error
+            raise Unsupported(
+                f"can not write '{key}' to the cache store {self.root}: {_reason(error)}; {advice}"
+            ) from error
 
     def exists(self, key: str) -> bool:
         """See :meth:`torchhal.cache.CacheStore.exists`."""
         return os.path.lexists(self._path(key))
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "") -> Sequence[str]:
         """See :meth:`torchhal.cache.CacheStore.list`."""
         return sorted(key for key in (_key(path.name) for path, _ in self._files()) if key.startswith(prefix))
 
@@ -130,7 +143,9 @@ class FileStore:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise Unsupported(f"can not delete '{key}' from the cache store {self.root}: {_reason(error)}") from error
+            raise Unsupported(
+                f"can not delete '{key}' from the cache store {self.root}: {_reason(error)}"
+            ) from error
         return True
 
     def stats(self) -> StoreStats:
@@ -173,7 +188,10 @@ def _max_bytes(url: str, query: str) -> int | None:
     options = parse_qs(query, keep_blank_values=True)
     text = options.pop("max_bytes", [""])[-1]
     if options or (query and not re.fullmatch("[1-9][0-9]*", text)):
-        raise InvalidProblem(f"a file URL takes one option, max_bytes=N with a whole number of bytes, as in file:///path?max_bytes=10000000000; got {url!r}")
+        raise InvalidProblem(
+            f"a file URL takes one option, max_bytes=N with a whole number of bytes, as in "
+            f"file:///path?max_bytes=10000000000; got {url!r}"
+        )
     return int(text) if text else None
 
 
@@ -186,13 +204,19 @@ def _check_directory(root: Path) -> None:
         return
     trusted = (0, os.geteuid())
     if stat.S_ISLNK(link.st_mode) and (link.st_uid not in trusted or target.st_uid not in trusted):
-        _unsafe(root, f"it is a link that user {link.st_uid} made to a directory of user {target.st_uid}", "name the directory itself")
+        _unsafe(
+            root,
+            f"it is a link that user {link.st_uid} made to a directory of user {target.st_uid}",
+            "name the directory itself",
+        )
     if target.st_mode & stat.S_IWOTH:
         _unsafe(root, "anyone may write to it", f"run chmod o-w {root}")
 
 
 def _unsafe(root: Path, reason: str, advice: str) -> NoReturn:
-    raise Unsupported(f"the cache store {root} is not safe: {reason}, and what is cached is executed; {advice}, or choose another directory")
+    raise Unsupported(
+        f"the cache store {root} is not safe: {reason}, and what is cached is executed; {advice}, or choose another directory"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -203,9 +227,13 @@ def _read(path: Path) -> bytes:
 def _verified(data: bytes, what: str) -> bytes:
     value = data[_HEADER:]
     if len(data) < _HEADER or not data.startswith(MAGIC):
-        raise CacheIntegrityError(f"{what} is truncated or is not an entry ({len(data)} bytes); delete it, and compile again")
+        raise CacheIntegrityError(
+            f"{what} is truncated or is not an entry ({len(data)} bytes); delete it, and compile again"
+        )
     if hashlib.sha256(value).digest() != data[len(MAGIC) : _HEADER]:
-        raise CacheIntegrityError(f"{what} was altered: its SHA-256 does not match; delete it, and compile again")
+        raise CacheIntegrityError(
+            f"{what} was altered: its SHA-256 does not match; delete it, and compile again"
+        )
     return value
 
 
@@ -225,16 +253,15 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Move into place; where a reader may hold the target open and block that (Windows), try for a second."""
-    for _ in range(20):
+    """Move into place; where a reader that holds the target open blocks that (Windows), try for a second."""
+    for attempt in range(20):
         try:
             os.replace(source, target)
             return
         except PermissionError:
-            if os.name != "nt":
+            if os.name != "nt" or attempt == 19:
                 raise
             time.sleep(0.05)
-    os.replace(source, target)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -242,10 +269,8 @@ def _sync_directory(directory: Path) -> None:
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such notion
-            raise
+        with contextlib.suppress(OSError):  # some network file systems have no such notion
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -284,7 +309,9 @@ class MemoryStore:
         """The store called ``name`` in ``memory://name``."""
         parts = urlsplit(url)
         if not re.fullmatch("[A-Za-z0-9._-]+", parts.netloc) or parts.path.strip("/") or parts.query:
-            raise InvalidProblem(f"a memory store has a name of letters, digits, '.', '_' and '-', as in memory://tests; got {url!r}")
+            raise InvalidProblem(
+                f"a memory store has a name of letters, digits, '.', '_' and '-', as in memory://tests; got {url!r}"
+            )
         return MemoryStore(parts.netloc)
 
     @property
@@ -307,7 +334,7 @@ class MemoryStore:
         """See :meth:`torchhal.cache.CacheStore.exists`."""
         return check_key(key) in self._entries
 
-    def list(self, prefix: str = "") -> list[str]:
+    def list(self, prefix: str = "") -> Sequence[str]:
         """See :meth:`torchhal.cache.CacheStore.list`."""
         return sorted(key for key in tuple(self._entries) if key.startswith(prefix))
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def plan(problem: ContextParallelProblem) -> Plan | Decline:
     """Serves every process group: it needs only ``all_gather`` and ``all_reduce`` on equal shapes."""
     if problem.scheme not in ("auto", "all_gather"):
-        return Decline("unclaimed_scheme", f"gathers keys and values (all_gather) and has no {problem.scheme!r}")
+        return Decline(
+            "unclaimed_scheme", f"gathers keys and values (all_gather) and has no {problem.scheme!r}"
+        )
     return Plan(
         run=all_gather_attention,
         description=f"all-gather of keys and values over {problem.world_size} ranks, then local attention",

@@ -41,7 +41,7 @@ def dropout_keep(seed: Tensor | int, b: Tensor, h: Tensor, q: Tensor, k: Tensor,
     if not 0.0 <= p <= 1.0:
         raise InvalidProblem(f"expected a dropout probability from 0 to 1 and got {p!r}")
     seed = torch.as_tensor(seed, dtype=torch.int64, device=k.device)
-    b, h, q, k = torch.broadcast_tensors(*(index.to(torch.int64) for index in (b, h, q, k)))
+    b, h, q, k = (index.to(torch.int64) for index in (b, h, q, k))
     words = philox((k >> 2, q, h, b), (seed & _WORD, (seed >> 32) & _WORD))
     lane = k & 3
     first, second = torch.where(lane == 0, words[0], words[1]), torch.where(lane == 2, words[2], words[3])

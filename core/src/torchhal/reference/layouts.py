@@ -160,14 +160,12 @@ def slice_mask(mask: Tensor | None, b: int, rows: int, columns: int) -> Tensor |
     """
     if mask is None:
         return None
-    mask = mask[(None,) * (4 - mask.ndim)]
+    cut = mask[(None,) * (4 - mask.ndim)]
     for dim, (name, start, size) in {0: ("B", b, 1), 2: ("L", 0, rows), 3: ("S", 0, columns)}.items():
-        if mask.shape[dim] == 1:
+        if cut.shape[dim] == 1:
             continue
-        if mask.shape[dim] < start + size:
-            place = f"sequence {b} needs {start + size} along {name}"
-            raise InvalidProblem(
-                f"attn_mask must broadcast to (B, Hq, L, S); {place} and it has {tuple(mask.shape)}"
-            )
-        mask = mask.narrow(dim, start, size)
-    return mask
+        if cut.shape[dim] < start + size:
+            place = f"sequence {b} needs {start + size} along {name} and it has {tuple(mask.shape)}"
+            raise InvalidProblem(f"attn_mask must broadcast to (B, Hq, L, S); {place}")
+        cut = cut.narrow(dim, start, size)
+    return cut

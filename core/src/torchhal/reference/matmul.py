@@ -44,7 +44,7 @@ def matmul(
     compute = compute_dtype(problem)
     with _no_autocast(a.device.type):
         right = unpack(b, compute) if isinstance(b, PackedWeight) else b.to(compute)
-        batch = torch.broadcast_shapes(a.shape[:-2], right.shape[:-2])
+        batch = _broadcast(a.shape[:-2], right.shape[:-2])
         left = _apply(problem.a_prologue, a.to(compute), batch, operands.a_captured)[0].to(compute)
         right = _apply(problem.b_prologue, right, batch, operands.b_captured)[0].to(compute)
         total = torch.matmul(left, right)
@@ -67,7 +67,11 @@ def _apply(graph: Graph | None, value: Tensor, batch: torch.Size, captured: Sequ
     inputs = [value, *_indices(value, batch)][: len(graph.inputs)]
     outputs = evaluate(graph, inputs, captured)
     # A function that reads the batch index spreads over the whole batch; a constant one has no shape at all.
-    return tuple(o.expand(torch.broadcast_shapes(o.shape, value.shape)) for o in outputs)
+    return tuple(o.expand(_broadcast(o.shape, value.shape)) for o in outputs)
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size:
+    return torch.Size(torch.broadcast_shapes(one, other))  # type: ignore[no-untyped-call]
 
 
 def _indices(value: Tensor, batch: torch.Size) -> list[Tensor]:

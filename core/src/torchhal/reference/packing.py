@@ -73,10 +73,10 @@ def _limits(bits: int) -> tuple[int, int]:
 
 def _blocks(matrix: Tensor, size: int) -> Tensor:
     # The last group is filled with zeros: they never widen a range, because every range contains zero.
-    rows = matrix.shape[0]
+    rows, columns = matrix.shape
     groups = -(-rows // size)
     padded = torch.nn.functional.pad(matrix, (0, 0, 0, groups * size - rows))
-    return padded.unflatten(0, (groups, size))
+    return padded.reshape(groups, size, columns)
 
 
 def _symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, None]:
@@ -102,8 +102,9 @@ def _step(span: Tensor, steps: int) -> Tensor:
 
 
 def _pair(q: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(q, (0, 0, 0, len(q) % 2))
-    stored = (padded + 8).to(torch.uint8).unflatten(0, (len(padded) // 2, 2))
+    rows, columns = q.shape
+    padded = torch.nn.functional.pad(q, (0, 0, 0, rows % 2))
+    stored = (padded + 8).to(torch.uint8).reshape((rows + 1) // 2, 2, columns)
     return stored[:, 0] | (stored[:, 1] << 4)
 
 

@@ -40,10 +40,10 @@ def _axis(start: int, size: int, dim: int, device: torch.device) -> Tensor:
 def visible_pairs(
     problem: AttentionProblem, piece: Piece, grid: Grid, operands: AttentionOperands
 ) -> Tensor | None:
-    """Which pairs the masks leave, all but a floating ``attn_mask``.
+    """Which pairs the masks leave; a floating ``attn_mask`` hides where it is -inf.
 
     Returns:
-        Boolean, broadcastable to (B, Hq, L, S); None if there is no such mask.
+        Boolean, broadcastable to (B, Hq, L, S); None if there is no mask.
 
     Raises:
         InvalidProblem: a BlockMask without block size, or with too few rows of blocks for the queries.
@@ -51,8 +51,9 @@ def visible_pairs(
     masks: list[Tensor] = []
     if problem.is_causal:
         masks.append(grid.k <= grid.q)
-    if piece.mask is not None and not piece.mask.is_floating_point():
-        masks.append(piece.mask)
+    if piece.mask is not None:
+        # Adding -inf would not hide a score of nan; that the mask is -inf does.
+        masks.append(piece.mask != -torch.inf if piece.mask.is_floating_point() else piece.mask)
     blocks = _blocks(problem, piece, grid, operands)
     if blocks is not None:
         masks.append(blocks)

@@ -1,0 +1,128 @@
+"""Timers that take turns: every candidate is timed in every round, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one candidate, in seconds per call."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle of the times."""
+        return quantile(self.seconds, 0.5)
+
+    @property
+    def p10(self) -> float:
+        """The time that one call in ten undercuts."""
+        return quantile(self.seconds, 0.1)
+
+    @property
+    def p90(self) -> float:
+        """The time that one call in ten exceeds."""
+        return quantile(self.seconds, 0.9)
+
+    @property
+    def best(self) -> float:
+        """The shortest time: the cost with the least interference."""
+        return min(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Quantiles in seconds and the number of repetitions."""
+        return {
+            "median": self.median, "p10": self.p10, "p90": self.p90, "best": self.best, "repetitions": len(self.seconds)
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    repetitions: int = 9
+    """Rounds that are always made, unless ``limit`` ends them."""
+    budget: float = 2.0
+    """Seconds to go on for after that, while rounds are few."""
+    limit: float = 30.0
+    """Seconds after which three rounds are enough."""
+    most: int = 50
+    """Rounds that are enough however short they are."""
+    floor: float = 1e-3
+    """Seconds one timing lasts at least, by repeating short calls."""
+
+    def goes_on(self, rounds: int, elapsed: float) -> bool:
+        """Whether another round is due."""
+        if rounds < 3:
+            return True
+        if rounds < self.repetitions:
+            return elapsed < self.limit
+        return rounds < self.most and elapsed < self.budget
+
+
+QUICK = Effort(repetitions=3, budget=0.2, limit=3.0, most=9)
+
+
+def quantile(values: tuple[float, ...], at: float) -> float:
+    """The value at a share of the sorted values, between neighbours in proportion."""
+    ordered = sorted(values)
+    place = at * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def synchronizer(device: torch.device) -> Call:
+    """What waits for the device's work to finish; nothing for the CPU."""
+    if device.type == "cpu":
+        return _nothing
+    return lambda: torch.accelerator.synchronize(device)
+
+
+def _nothing() -> None:
+    return None
+
+
+def interleaved(
+    calls: Mapping[str, Call], effort: Effort = QUICK, wait: Call = _nothing
+) -> dict[str, Timing]:
+    """Time the candidates in turns, each warmed up first.
+
+    Args:
+        calls: the candidates by name.
+        effort: how long to measure.
+        wait: called before the clock is stopped, see :func:`synchronizer`.
+    """
+    inner = {name: _inner_count(call, effort.floor, wait) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin, rounds = time.perf_counter(), 0
+    while effort.goes_on(rounds, time.perf_counter() - begin):
+        for name, call in calls.items():
+            times[name].append(_batch(call, inner[name], wait))
+        rounds += 1
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def _inner_count(call: Call, floor: float, wait: Call) -> int:
+    """Warm the call up; how often one timing repeats it."""
+    _batch(call, 1, wait)
+    once = _batch(call, 1, wait)
+    return 1 if once >= floor else min(10_000, int(floor / max(once, 1e-7)) + 1)
+
+
+def _batch(call: Call, count: int, wait: Call) -> float:
+    wait()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    wait()
+    return (time.perf_counter() - begin) / count

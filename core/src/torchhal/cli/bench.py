@@ -1,0 +1,251 @@
+"""``torchhal bench``: attention against its peers and the machine's limits, and torchhal's own cost."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+
+from torchhal.bench import attention as measuring
+from torchhal.bench import chart, overhead
+from torchhal.bench.cases import describe
+from torchhal.bench.ceilings import Ceilings, ceilings
+from torchhal.bench.timing import QUICK, Effort
+from torchhal.cli.output import FAILED, Json, emit, note, out, progress, reporting_errors, table, usage
+from torchhal.errors import InvalidProblem
+from torchhal.registry import Backend, registry
+
+app = typer.Typer(
+    help="Measure a family of operations, candidates taking turns in one run.", no_args_is_help=True
+)
+
+Chosen = Annotated[
+    str | None, typer.Option("--backend", help="Measure this backend; by default all but the reference.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Smaller and shorter: to see that it works, not to report.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch may use.")]
+
+
+@app.command("attention")
+@reporting_errors
+def attention(
+    backend: Chosen = None,
+    select: Annotated[
+        str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
+    ] = None,
+    quick: Quick = False,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    flex: Annotated[
+        bool,
+        typer.Option("--flex", help="Also torch's compiled flex_attention: seconds to compile each case."),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the speed-ups to FILE, for example attention.png."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Time dense attention: our backends, torch's scaled_dot_product_attention and its variants, in turns.
+
+    Every candidate is first checked against float64. Shares are of the machine's limits as measured in this
+    run: arithmetic in float32, and reading memory, counting each input and output once.
+    """
+    _set_threads(threads)
+    if plot is not None:
+        chart.require_matplotlib()
+        if not plot.absolute().parent.is_dir():
+            usage(f"there is no folder {plot.absolute().parent} to draw {plot.name} into")
+    found, where = registry(), torch.device(device)
+    if backend is not None:
+        found.get(backend)
+    try:
+        cases = measuring.select_cases(select, quick)
+    except InvalidProblem as error:
+        usage(str(error))
+    measured = measuring.candidates(found.backends, where, backend)
+    effort = QUICK if quick else Effort()
+    results = []
+    with progress(len(cases) + 1, "bench attention", json_output) as step:
+        step("the machine's limits")
+        limits = ceilings(where, list(found.backends.values()))
+        for case in cases:
+            step(case.name)
+            results.append(measuring.measure(case, measured, where, effort, flex))
+    if plot is not None:
+        chart.draw(
+            results, f"{_machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", plot
+        )
+    if json_output:
+        emit(
+            {
+                **_context(),
+                "quick": quick,
+                "ceilings": limits.to_dict(),
+                "cases": [r.to_dict(limits) for r in results],
+            }
+        )
+    else:
+        _show_attention(results, limits, plot)
+    if any(row.ours and not row.passed for result in results for row in result.rows):
+        raise typer.Exit(FAILED)
+
+
+@app.command("overhead")
+@reporting_errors
+def cost(
+    backend: Annotated[
+        str | None, typer.Option(help="Backend whose plans are called; the preferred one by default.")
+    ] = None,
+    quick: Quick = False,
+    threads: Threads = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Include torch.compile, which takes seconds.")
+    ] = True,
+    json_output: Json = False,
+) -> None:
+    """Measure what torchhal itself costs, each against its budget. Ends with exit code 1 if a budget is exceeded."""
+    _set_threads(threads)
+    found = registry().get(backend) if backend is not None else _preferred()
+    amount = overhead.QUICK if quick else overhead.Amount()
+    steps = overhead.steps(found, amount, compiled)
+    results: list[overhead.Overhead] = []
+    with progress(len(steps), "bench overhead", json_output) as step:
+        for name, measure in steps:
+            step(name)
+            results += measure()
+    if json_output:
+        emit({**_context(), "quick": quick, "overheads": [r.to_dict() for r in results]})
+    else:
+        _show_overheads(results)
+    if any(result.passed is False for result in results):
+        raise typer.Exit(FAILED)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _preferred() -> Backend:
+    """The backend whose plans are worth measuring: the most preferred one that works on this machine's CPU."""
+    ranked = sorted(registry().backends.values(), key=lambda b: b.preference("cpu"), reverse=True)
+    return next(b for b in ranked if overhead.plan_of(b, torch.zeros(1, 1, 1, 16)) is not None)
+
+
+def _machine() -> str:
+    from torchhal.lock import environment_stamp
+
+    return environment_stamp(registry())["machine"]
+
+
+def _load() -> float | None:
+    """Programs that wanted to run in the last minute, on average; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _note_load() -> None:
+    load, cores = _load(), os.cpu_count() or 1
+    if load is not None and load > cores + 0.5:
+        note(
+            f"{load:.1f} programs shared {cores} cores in the last minute: these times are longer, and vary more, than on an idle machine"
+        )
+
+
+def _context() -> dict[str, Any]:
+    return {
+        "load_average": _load(),
+        "machine": _machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---------------------------------------------------------------------------- for a person
+
+
+def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, plot: Path | None) -> None:
+    console = out()
+    context = _context()
+    console.print(escape(f"{context['machine']}, {context['threads']} threads, torch {context['torch']}"))
+    arithmetic, reading = (
+        f"{limits.gflops:.0f} GFLOP/s ({limits.gflops_source})",
+        f"{limits.gbps:.1f} GB/s ({limits.gbps_source})",
+    )
+    console.print(f"limits in this run: {arithmetic}, {reading}")
+    speedups = (f"x {measuring.SDPA}", "by best")
+    numbers = ("median", "p10 .. p90", *speedups, "GFLOP/s", "of limit", "GB/s", "of limit ", "max error")
+    made = table("Attention", "case", "candidate", *numbers, numbers=numbers)
+    for result in results:
+        for index, row in enumerate(result.rows):
+            case = (
+                [result.case.name, f"[dim]{escape(describe(result.case))}[/]"][index : index + 1]
+                if index < 2
+                else []
+            )
+            made.add_row(*(case or [""]), *_attention_cells(result, row, limits))
+        made.add_section()
+    console.print(made)
+    if plot is not None:
+        console.print(f"chart: {escape(str(plot))}")
+    _note_load()
+
+
+def _attention_cells(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
+    name = f"[bold]{escape(row.candidate)}[/]" if row.ours else escape(row.candidate)
+    if row.timing is None:
+        return [f"{name}: {escape(row.not_run)}"]
+    timing, case = row.timing, result.case
+    speedups = [result.speedup(row), result.speedup(row, best=True)]
+    return [
+        name,
+        seconds(timing.median),
+        f"{seconds(timing.p10)} .. {seconds(timing.p90)}",
+        *("" if speedup is None else f"{speedup:.2f}" for speedup in speedups),
+        f"{case.flops / timing.median / 1e9:.1f}",
+        f"{limits.compute_share(case.flops, timing.median):.0%}",
+        f"{case.bytes / timing.median / 1e9:.1f}",
+        f"{limits.read_share(case.bytes, timing.median):.0%}",
+        f"{row.error:.1e}" if row.passed else f"[red]{row.error:.1e} > {row.tolerance:.1e}[/]",
+    ]
+
+
+def _show_overheads(results: Sequence[overhead.Overhead]) -> None:
+    made = table(
+        f"What torchhal costs ({_machine()})",
+        "cost",
+        "measured",
+        "budget",
+        "",
+        "note",
+        numbers=("measured", "budget"),
+    )
+    for result in results:
+        verdict = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: ""}[result.passed]
+        measured, budget = _amount(result.value, result.unit), _amount(result.budget, result.unit)
+        made.add_row(escape(result.what), measured, budget, verdict, escape(result.note))
+    out().print(made)
+    _note_load()
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return seconds(value) if unit == "s" else f"{value:.0f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value * 1e9:.0f} ns"

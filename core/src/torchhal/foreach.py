@@ -1,0 +1,313 @@
+"""A function mapped over lists of tensors: the public function, the one place its Problem is built, the eager path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchhal import scope
+from torchhal._foreach_capture import (
+    BUILTINS,
+    Function,
+    Slot,
+    captured_for,
+    check_signature,
+    function,
+    name_of,
+    out_of_place,
+)
+from torchhal._foreach_checks import (
+    Entry,
+    arrange,
+    check_layouts,
+    check_shapes,
+    device_at,
+    slots_at,
+    slots_of_nothing,
+    uniform_slots,
+)
+from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_plainly
+from torchhal.errors import CaptureError, InvalidProblem
+from torchhal.pointwise import Captured, Graph
+from torchhal.problems import ForeachProblem
+from torchhal.selection import Selected, fast_cache, is_traced, select
+
+_plans: dict[tuple[object, ...], Selected] = fast_cache()
+
+Lists = tuple[Sequence[Tensor], ...]
+
+
+class Group(NamedTuple):
+    """Positions of the lists that one plan serves."""
+
+    device: torch.device
+    captures: tuple[Captured, ...]
+    """One for each combination of element types."""
+    how: tuple[str, ...]
+    """How each operand that the graphs take is passed: ``list``, ``scalars`` or ``scalar``."""
+    kept: tuple[int, ...]
+    """Which operands of the call those are; the others are numbers that the graphs contain."""
+    positions: tuple[int, ...] | None = None
+    """None for all."""
+
+
+def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    """``[fn(*values) for values in zip(*operands)]`` in as few passes as the backend can, for pointwise ``fn``.
+
+    Results are exactly what ``fn`` gives tensor by tensor in torch, element types included. Lists must have one
+    length; element types and devices may vary along them. Numbers and 0-dim tensors are used at every position.
+    The value of a number may change from call to call at no cost, unlike one that ``fn`` closes over.
+
+    Args:
+        fn: pointwise; takes one value from each operand, may capture 0-dim tensors, and may return a tuple. One of
+            torch's in-place functions (``torch.Tensor.add_``) writes to the first operand.
+        operands: lists of tensors, lists of numbers, numbers, and 0-dim tensors, with at least one list of
+            tensors. Tensors at one position broadcast.
+        backend: name of the backend to use; overrides every other choice.
+        kwargs: ``out``: a list of destinations, one for each position (a tuple of lists if ``fn`` returns a
+            tuple), each of which may be the operand at its position; every other keyword goes to ``fn``.
+
+    Returns:
+        A list with the result for each position (a tuple of lists if ``fn`` returns a tuple): new tensors, or
+        the destinations. Empty lists give ``[]``.
+
+    Raises:
+        InvalidProblem: operands, destinations or keywords that mean nothing together; the message says which.
+        CaptureError: ``fn`` is not pointwise.
+        RuntimeError: a leaf that requires grad would be written to, as in torch.
+        Unsupported: nobody the policy allows can serve the call; carries each backend's reason.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from torchhal import compiled
+
+        return compiled.foreach_map(fn, operands, backend, kwargs)
+    out = kwargs.pop("out", None)
+    twin = out_of_place(fn)
+    if twin is not None:
+        out = _in_place_target(fn, operands, out)
+    entries, length = arrange(operands)
+    if not callable(fn):
+        raise InvalidProblem(f"foreach_map expects a function first and got {type(fn).__name__}")
+    call = function(twin or fn, kwargs)
+    if length == 0:
+        return _empty(call, entries, out)
+    equal = check_shapes(entries)
+    groups = grouped(call, entries, length)
+    structure, outputs = groups[0].captures[0].structure, len(groups[0].captures[0].graph.outputs)
+    lists = None if out is None else _checked_out(out, groups, entries, equal, length)
+    results = tuple([None] * length for _ in range(outputs)) if len(groups) > 1 else ()
+    for group in groups:
+        part = _serve(group, entries, lists, backend)
+        if len(groups) == 1:
+            results = part
+            break
+        _scatter(part, group.positions, results)
+    if out is not None:
+        return out
+    return results if structure == "tuple" else results[0]
+
+
+def _serve(group: Group, entries: Sequence[Entry], lists: Lists | None, backend: str | None) -> tuple[list[Any], ...]:
+    operands = [_part(entries[i], group) for i in group.kept]
+    captured = tuple(_moved(t, group.device) for t in group.captures[0].tensors)
+    out = lists if lists is None or group.positions is None else tuple([items[p] for p in group.positions] for items in lists)
+    key = _key(group, operands, captured, out, backend)
+    selected = _plans.get(key)
+    if selected is None:
+        check_layouts(entries)
+        selected = _plans[key] = select(build_problem(group, _learns(operands, out), _any_grad(captured), out is not None), backend)
+    selected.record()
+    return _dispatch(selected, operands, captured, out)
+
+
+def _dispatch(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None) -> tuple[list[Any], ...]:
+    """Run the chosen plan."""
+    assert selected.plan is not None and selected.run is not None
+    if not selected.plan.traceable and any(is_traced(t) for entry in operands if _is_tensors(entry) for t in entry[:1]):
+        return _traced(selected, operands, captured, out)
+    return selected.run(operands, captured, out)  # type: ignore[no-any-return]
+
+
+def _traced(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None) -> tuple[list[Any], ...]:
+    """Record the call as one operator; destinations are written after it."""
+    from torchhal import ops_families
+
+    results = ops_families.foreach_map(selected.route, operands, captured)
+    if out is None:
+        return results
+    return tuple([t.copy_(r) for t, r in zip(items, values, strict=True)] for items, values in zip(out, results, strict=True))
+
+
+def _key(
+    group: Group, operands: Sequence[Any], captured: tuple[Tensor, ...], out: Lists | None, backend: str | None
+) -> tuple[object, ...]:
+    layouts = frozenset([t.layout for entry in operands if _is_tensors(entry) for t in entry])
+    grad = torch.is_grad_enabled() and (_learns(operands, out), _any_grad(captured))
+    graphs = tuple([c.graph for c in group.captures])
+    return group.device, graphs, group.how, out is not None, layouts, grad, backend, scope.current.state
+
+
+def _is_tensors(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and isinstance(entry[0], Tensor)
+
+
+def _any_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _learns(operands: Sequence[Any], out: Lists | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    lists = [entry if _is_tensors(entry) else [entry] for entry in operands if _is_tensors(entry) or isinstance(entry, Tensor)]
+    return any(_any_grad(items) for items in (*lists, *(out or ())))
+
+
+def _part(entry: Entry, group: Group) -> Any:
+    """The operand at the group's positions, 0-dim CPU tensors moved to its device."""
+    content = entry.content
+    if entry.how == "scalar":
+        return _moved(content, group.device) if isinstance(content, Tensor) else content
+    if group.positions is not None:
+        content = [content[position] for position in group.positions]
+    if entry.how == "list" and group.device.type != "cpu":
+        return [_moved(t, group.device) for t in content]
+    return content
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "cpu":
+        raise InvalidProblem(f"a 0-dim tensor on {tensor.device} is used with tensors on {device}; move it to one of cpu and {device}")
+    return tensor.to(device)
+
+
+def _scatter(part: tuple[list[Any], ...], positions: tuple[int, ...] | None, results: tuple[list[Any], ...]) -> None:
+    for values, target in zip(part, results, strict=True):
+        for value, position in zip(values, positions or (), strict=True):
+            target[position] = value
+
+
+# ---------------------------------------------------------------------------- positions that share a plan
+
+
+def grouped(fn: Function, entries: Sequence[Entry], length: int) -> list[Group]:
+    """The positions of the lists, in groups that one plan serves."""
+    slots = uniform_slots(entries)
+    devices = {t.device for entry in entries if entry.how == "list" for t in entry.content}
+    if slots is not None and len(devices) == 1:
+        captured, taken = _captured(fn, slots)
+        if all(slot.number is None or entry.how == "scalar" for slot, entry in zip(taken, entries, strict=True)):
+            return [_group(devices.pop(), (captured,), taken, entries)]
+    return _grouped_one_by_one(fn, entries, length)
+
+
+def _grouped_one_by_one(fn: Function, entries: Sequence[Entry], length: int) -> list[Group]:
+    graphs: dict[object, dict[object, Captured]] = {}
+    found: dict[object, tuple[torch.device, tuple[Slot, ...], list[int]]] = {}
+    for position in range(length):
+        captured, taken = _captured(fn, slots_at(entries, position))
+        device = device_at(entries, position)
+        # A backend finds a position's graph by its element types, so whatever else tells graphs apart is a group's.
+        key = (device, tuple((s.kind, repr(s.number)) for s in taken), tuple(map(id, captured.tensors)), captured.structure)
+        graphs.setdefault(key, {}).setdefault(tuple(s.dtype for s in taken), captured)
+        found.setdefault(key, (device, taken, []))[2].append(position)
+    returned = {(c.structure, len(c.graph.outputs)) for group in graphs.values() for c in group.values()}
+    if len(returned) > 1:
+        raise InvalidProblem("the function of foreach_map returns another number of values at some positions than at others")
+    return [
+        _group(device, tuple(graphs[key].values()), taken, entries, None if len(found) == 1 else tuple(positions))
+        for key, (device, taken, positions) in found.items()
+    ]
+
+
+def _group(
+    device: torch.device, captures: tuple[Captured, ...], taken: tuple[Slot, ...], entries: Sequence[Entry],
+    positions: tuple[int, ...] | None = None,
+) -> Group:  # fmt: skip
+    kept = tuple([i for i, slot in enumerate(taken) if slot.number is None])
+    return Group(device, captures, tuple([entries[i].how for i in kept]), kept, positions)
+
+
+def _captured(fn: Function, slots: tuple[Slot, ...]) -> tuple[Captured, tuple[Slot, ...]]:
+    try:
+        return captured_for(fn, slots)
+    except (CaptureError, TypeError) as error:
+        check_signature(fn.call, len(slots), fn.kwargs)
+        if isinstance(error, TypeError) and isinstance(fn.call, BUILTINS):
+            raise InvalidProblem(f"{name_of(fn.call)} does not take these operands and keywords: {error}") from None
+        raise
+
+
+# ---------------------------------------------------------------------------- the problem
+
+
+def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bool) -> ForeachProblem:
+    """The Problem of a group.
+
+    Args:
+        group: its device, graphs and operands.
+        learns: whether gradients are to reach operands.
+        captured_learn: whether gradients are to reach captured tensors.
+        in_place: whether results are written to given tensors.
+    """
+    graphs = tuple(captured.graph for captured in group.captures)
+    asked = {
+        "in_place": in_place,
+        "scalars": any(how != "list" for how in group.how),
+        "mixed_dtypes": len(graphs) > 1,
+        "several_outputs": len(graphs[0].outputs) > 1,
+        "captured_tensors": bool(group.captures[0].tensors),
+        "backward": learns,
+        "captured_gradient": captured_learn,
+    }
+    features = frozenset(name for name, wanted in asked.items() if wanted)
+    return ForeachProblem(device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place)
+
+
+# ---------------------------------------------------------------------------- destinations
+
+
+def _in_place_target(fn: Callable[..., Any], operands: Sequence[Any], out: Any) -> Any:
+    if out is not None:
+        advice = "use the function that does not work in place"
+        raise InvalidProblem(f"{name_of(fn)} writes to its first operand, and out= names other destinations; {advice}")
+    if not operands or not isinstance(operands[0], (list, tuple)):
+        got = type(operands[0]).__name__ if operands else "no operands"
+        raise InvalidProblem(f"{name_of(fn)} writes to its first operand, which must be a list of tensors; got {got}")
+    return operands[0]
+
+
+def _checked_out(out: Any, groups: Sequence[Group], entries: Sequence[Entry], equal: bool, length: int) -> Lists:
+    first = groups[0].captures[0]
+    lists = destinations(out, first.structure, len(first.graph.outputs), length)
+    if not (equal and len(groups) == 1 and len(groups[0].captures) == 1 and fits_plainly(first.graph, groups[0].device, entries, lists)):
+        for group in groups:
+            kept = [entries[i] for i in group.kept]
+            for position in range(length) if group.positions is None else group.positions:
+                graph = _graph_at(group, kept, position)
+                check_fit(graph, group.device, position, kept, [items[position] for items in lists])
+    check_aliasing(entries, lists)
+    return lists
+
+
+def _graph_at(group: Group, kept: Sequence[Entry], position: int) -> Graph:
+    wanted = tuple(slot.dtype for slot in slots_at(kept, position))
+    return next(c.graph for c in group.captures if tuple(spec.dtype for spec in c.graph.inputs) == wanted)
+
+
+def _empty(fn: Function, entries: Sequence[Entry], out: Any) -> Any:
+    """The result for empty lists: as many of them as the function returns values, where that can be told."""
+    if out is not None:
+        if any(len(items) if isinstance(items, (list, tuple)) else True for items in out):
+            raise InvalidProblem("out must be as long as the operands, which are empty, and is not")
+        return out
+    slots = tuple(slots_of_nothing(entry) for entry in entries)
+    try:
+        captured, _ = _captured(fn, slots)
+    except CaptureError:
+        return []
+    return tuple([] for _ in captured.graph.outputs) if captured.structure == "tuple" else []

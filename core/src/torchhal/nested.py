@@ -1,0 +1,76 @@
+"""Attention over nested jagged tensors: the packed values of each, as one varlen call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchhal.attention import Call, Functions, capture_mask_mod, capture_score_mod, operands_of, run
+from torchhal.errors import InvalidProblem
+
+_HOW = "make one with torch.nested.nested_tensor([...], layout=torch.jagged), each (length, H, E), and transpose(1, 2)"
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, attn_mask: Tensor | None, is_causal: bool,
+    scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Serve a call whose query is nested.
+
+    Args:
+        query, key, value: nested jagged tensors of logical shape (B, H, lengths, E), ragged in dimension 2; key
+            and value share their lengths, which may differ from the query's.
+        block_mask: its ``mask_mod`` is applied with indices counted from the start of each sequence; its blocks
+            are for one common length and are refused unless they are the whole rectangle.
+        attn_mask: has to be None.
+        score_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend: as in :func:`torchhal.attention`.
+
+    Returns:
+        Nested, ragged as the query: (B, H, lengths, Ev), and with ``return_lse`` (B, H, lengths).
+
+    Raises:
+        InvalidProblem: a tensor is not nested in this way, or a mask of one common shape was given.
+    """
+    if attn_mask is not None:
+        raise InvalidProblem("attn_mask has one shape and nested sequences have many; say it as a mask_mod of torchhal.varlen_attention")
+    if block_mask is not None:
+        raise InvalidProblem(
+            "a BlockMask has blocks of one common length and nested sequences have many; pass its mask_mod to torchhal.varlen_attention"
+        )
+    packed_query, lengths_q = _packed("query", query)
+    packed_key, lengths_k = _packed("key", key)
+    packed_value, lengths_v = _packed("value", value)
+    if lengths_k is not lengths_v and not torch.equal(lengths_k, lengths_v):
+        raise InvalidProblem("key and value are nested with different lengths; each key needs its value")
+    functions = Functions(capture_score_mod(score_mod, query.dtype), capture_mask_mod(None))
+    lengths = {"cu_seqlens_q": lengths_q.to(torch.int32), "cu_seqlens_k": lengths_k.to(torch.int32)}
+    operands = operands_of(functions, None, dropout_p, packed_query, **lengths)
+    call = Call(
+        packed_query, packed_key, packed_value, None, "varlen", functions, operands, None, is_causal, scale, enable_gqa, return_lse, backend
+    )
+    result = run(call)
+    if isinstance(result, tuple):
+        return _nested(result[0], query), _nested(result[1], query)
+    return _nested(result, query)
+
+
+def _packed(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (T, H, E) and offsets (B + 1,) of a nested tensor of logical shape (B, H, lengths, E)."""
+    if not tensor.is_nested or tensor.layout is not torch.jagged:
+        raise InvalidProblem(f"query is a nested jagged tensor, so {name} has to be one too; {_HOW}")
+    if tensor.dim() != 4:
+        raise InvalidProblem(f"{name} expects a nested tensor of 4 dimensions (B, H, lengths, E) and has {tensor.dim()}; {_HOW}")
+    by_token = tensor.transpose(1, 2)
+    if getattr(by_token, "_ragged_idx", 1) != 1:
+        raise InvalidProblem(f"{name} has to be ragged in dimension 2, the sequence; {_HOW}")
+    if getattr(by_token, "_lengths", None) is not None:
+        raise InvalidProblem(f"{name} is nested with gaps between its sequences; call .contiguous() on it first")
+    return by_token.values(), by_token.offsets()
+
+
+def _nested(values: Tensor, like: Tensor) -> Tensor:
+    """Packed rows (T, H, ...) as a nested tensor (B, H, lengths, ...) ragged exactly as ``like``."""
+    by_token = torch.nested.nested_tensor_from_jagged(values, like.transpose(1, 2).offsets())
+    return by_token.transpose(1, 2)
