@@ -123,8 +123,8 @@ def check_aliasing(entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]) 
 
 
 def _add(spans: list[_Span], tensor: Tensor, position: int, written: bool) -> None:
-    if not tensor.numel():
-        return
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.numel():
+        return  # tensors that are being traced have no address; there, everything is computed before anything is written
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         length = tensor.nbytes

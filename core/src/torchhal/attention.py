@@ -15,6 +15,7 @@ from torchhal.errors import InvalidProblem
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import AttentionProblem, Plan
+from torchhal.reference.attention import score_dtype
 from torchhal.selection import Selected, fast_cache, is_traced, select
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -112,14 +113,15 @@ def attention(
         assert run_plan is not None
         record()
         return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)  # type: ignore[no-any-return]
-    if query.is_nested:
+    if isinstance(query, Tensor) and query.is_nested:
         from torchhal import nested
 
         return nested.attention(
             query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
         )
+    diagnose(query, key, value, "dense", enable_gqa)
     key, value = share_batch(query, key, value)
-    functions = Functions(capture_score_mod(score_mod, query.dtype), _capture_block_mask(block_mask))
+    functions = Functions(capture_score_mod(score_mod, query, key, value), _capture_block_mask(block_mask))
     return run(
         Call(
             query,
@@ -179,7 +181,7 @@ def varlen_attention(
         return compiled.varlen_attention(
             query, key, value, cu_seqlens_q, cu_seqlens_k, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
         )
-    functions = Functions(capture_score_mod(score_mod, query.dtype), capture_mask_mod(mask_mod))
+    functions = Functions(capture_score_mod(score_mod, query, key, value), capture_mask_mod(mask_mod))
     operands = operands_of(functions, None, dropout_p, query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return run(
         Call(
@@ -228,7 +230,7 @@ def paged_attention(
         return compiled.paged_attention(
             query, key_pages, value_pages, page_table, seq_lens, score_mod, mask_mod, is_causal, scale, enable_gqa, return_lse, backend
         )
-    functions = Functions(capture_score_mod(score_mod, query.dtype), capture_mask_mod(mask_mod))
+    functions = Functions(capture_score_mod(score_mod, query, key_pages, value_pages), capture_mask_mod(mask_mod))
     operands = operands_of(functions, None, 0.0, query, page_table=page_table, seq_lens=seq_lens)
     return run(
         Call(
@@ -278,6 +280,8 @@ def dense_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
         raise InvalidProblem(attention_fault(query, key, value, "dense", flags[1])) from None
     if batch != key_batch or batch != value_batch or length != value_length or size != key_size or key_heads != value_heads:
         diagnose(query, key, value, "dense", flags[1])
+        if batch != key_batch:  # attention() has shared a batch of 1 already; torch broadcasts in its own way
+            raise InvalidProblem(f"query has batch size {batch} and key {key_batch}; they must be equal here")
     if attn_mask is None:
         mask_kind: object = None
     else:
@@ -408,15 +412,10 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
 # ---------------------------------------------------------------------------- user functions and block masks
 
 
-def score_dtype(query_dtype: torch.dtype) -> torch.dtype:
-    """The type scores have in ``score_mod``: float32, or float64 for float64 queries."""
-    return torch.float64 if query_dtype is torch.float64 else torch.float32
-
-
-def capture_score_mod(score_mod: ScoreMod | None, query_dtype: torch.dtype) -> Captured | None:
+def capture_score_mod(score_mod: ScoreMod | None, *tensors: Tensor) -> Captured | None:
     if score_mod is None:
         return None
-    return capture_cached(score_mod, (("score", score_dtype(query_dtype)), *INDICES), what="score_mod")
+    return capture_cached(score_mod, (("score", score_dtype(*(t.dtype for t in tensors))), *INDICES), what="score_mod")
 
 
 def capture_mask_mod(mask_mod: MaskMod | None) -> Captured | None:

@@ -9,49 +9,28 @@ import torch
 from torch import Tensor
 
 from torchhal import scope
-from torchhal._foreach_capture import (
-    BUILTINS,
-    Function,
-    Slot,
-    captured_for,
-    check_signature,
-    function,
-    name_of,
-    out_of_place,
-)
-from torchhal._foreach_checks import (
-    Entry,
-    arrange,
-    check_layouts,
-    check_shapes,
-    device_at,
-    slots_at,
-    slots_of_nothing,
-    uniform_slots,
-)
+from torchhal._foreach_capture import Function, function, name_of, out_of_place
+from torchhal._foreach_checks import Entry, arrange, check_layouts, check_shapes, slots_of_nothing
+from torchhal._foreach_fast import plainly_disjoint, signature
+from torchhal._foreach_groups import Group, captured_by, graph_at, grouped
 from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_plainly
 from torchhal.errors import CaptureError, InvalidProblem
-from torchhal.pointwise import Captured, Graph
 from torchhal.problems import ForeachProblem
 from torchhal.selection import Selected, fast_cache, is_traced, select
 
+
+class Common(NamedTuple):
+    """A call of the common kind: everything about it that operands do not say."""
+
+    selected: Selected
+    structure: str
+
+
 _plans: dict[tuple[object, ...], Selected] = fast_cache()
 
+_common: dict[tuple[object, ...], Common] = fast_cache()
+
 Lists = tuple[Sequence[Tensor], ...]
-
-
-class Group(NamedTuple):
-    """Positions of the lists that one plan serves."""
-
-    device: torch.device
-    captures: tuple[Captured, ...]
-    """One for each combination of element types."""
-    how: tuple[str, ...]
-    """How each operand that the graphs take is passed: ``list``, ``scalars`` or ``scalar``."""
-    kept: tuple[int, ...]
-    """Which operands of the call those are; the others are numbers that the graphs contain."""
-    positions: tuple[int, ...] | None = None
-    """None for all."""
 
 
 def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = None, **kwargs: Any) -> Any:
@@ -88,12 +67,41 @@ def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = No
     twin = out_of_place(fn)
     if twin is not None:
         out = _in_place_target(fn, operands, out)
-    entries, length = arrange(operands)
     if not callable(fn):
         raise InvalidProblem(f"foreach_map expects a function first and got {type(fn).__name__}")
     call = function(twin or fn, kwargs)
+    key = _common_key(call, operands, out, backend)
+    common = None if key is None else _common.get(key)
+    return _run(call, operands, out, backend, key) if common is None else _run_common(common, operands, out)
+
+
+def _common_key(call: Function, operands: tuple[Any, ...], out: Any, backend: str | None) -> tuple[object, ...] | None:
+    """What the plan of a call of the common kind depends on, None for every other call."""
+    if call.key is None or call.tensors or not (out is None or (operands and out is operands[0])):
+        return None
+    grad = torch.is_grad_enabled()
+    found = signature(operands, grad)
+    if found is None or (out is not None and grad and any([t.requires_grad for t in out])):  # noqa: C419
+        return None
+    return call.key, found, out is not None, backend, scope.current.state
+
+
+def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
+    selected, structure = common
+    assert selected.run is not None
+    if out is not None and not plainly_disjoint(out, operands):
+        check_aliasing(arrange(operands)[0], [out])
+    selected.record()
+    results = selected.run(operands, (), None if out is None else (out,))
+    return (results if structure == "tuple" else results[0]) if out is None else out
+
+
+def _run(call: Function, operands: tuple[Any, ...], out: Any, backend: str | None, key: tuple[object, ...] | None) -> Any:
+    """Serve any call; remembers it under ``key`` if it turns out to be of the common kind."""
+    entries, length = arrange(operands)
     if length == 0:
         return _empty(call, entries, out)
+    check_layouts(entries)
     equal = check_shapes(entries)
     groups = grouped(call, entries, length)
     structure, outputs = groups[0].captures[0].structure, len(groups[0].captures[0].graph.outputs)
@@ -103,6 +111,8 @@ def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = No
         part = _serve(group, entries, lists, backend)
         if len(groups) == 1:
             results = part
+            if key is not None and len(group.kept) == len(operands) and not group.captures[0].tensors:
+                _common[key] = Common(_plans[_key(group, operands, (), lists, backend)], structure)
             break
         _scatter(part, group.positions, results)
     if out is not None:
@@ -117,7 +127,6 @@ def _serve(group: Group, entries: Sequence[Entry], lists: Lists | None, backend:
     key = _key(group, operands, captured, out, backend)
     selected = _plans.get(key)
     if selected is None:
-        check_layouts(entries)
         selected = _plans[key] = select(build_problem(group, _learns(operands, out), _any_grad(captured), out is not None), backend)
     selected.record()
     return _dispatch(selected, operands, captured, out)
@@ -191,57 +200,6 @@ def _scatter(part: tuple[list[Any], ...], positions: tuple[int, ...] | None, res
             target[position] = value
 
 
-# ---------------------------------------------------------------------------- positions that share a plan
-
-
-def grouped(fn: Function, entries: Sequence[Entry], length: int) -> list[Group]:
-    """The positions of the lists, in groups that one plan serves."""
-    slots = uniform_slots(entries)
-    devices = {t.device for entry in entries if entry.how == "list" for t in entry.content}
-    if slots is not None and len(devices) == 1:
-        captured, taken = _captured(fn, slots)
-        if all(slot.number is None or entry.how == "scalar" for slot, entry in zip(taken, entries, strict=True)):
-            return [_group(devices.pop(), (captured,), taken, entries)]
-    return _grouped_one_by_one(fn, entries, length)
-
-
-def _grouped_one_by_one(fn: Function, entries: Sequence[Entry], length: int) -> list[Group]:
-    graphs: dict[object, dict[object, Captured]] = {}
-    found: dict[object, tuple[torch.device, tuple[Slot, ...], list[int]]] = {}
-    for position in range(length):
-        captured, taken = _captured(fn, slots_at(entries, position))
-        device = device_at(entries, position)
-        # A backend finds a position's graph by its element types, so whatever else tells graphs apart is a group's.
-        key = (device, tuple((s.kind, repr(s.number)) for s in taken), tuple(map(id, captured.tensors)), captured.structure)
-        graphs.setdefault(key, {}).setdefault(tuple(s.dtype for s in taken), captured)
-        found.setdefault(key, (device, taken, []))[2].append(position)
-    returned = {(c.structure, len(c.graph.outputs)) for group in graphs.values() for c in group.values()}
-    if len(returned) > 1:
-        raise InvalidProblem("the function of foreach_map returns another number of values at some positions than at others")
-    return [
-        _group(device, tuple(graphs[key].values()), taken, entries, None if len(found) == 1 else tuple(positions))
-        for key, (device, taken, positions) in found.items()
-    ]
-
-
-def _group(
-    device: torch.device, captures: tuple[Captured, ...], taken: tuple[Slot, ...], entries: Sequence[Entry],
-    positions: tuple[int, ...] | None = None,
-) -> Group:  # fmt: skip
-    kept = tuple([i for i, slot in enumerate(taken) if slot.number is None])
-    return Group(device, captures, tuple([entries[i].how for i in kept]), kept, positions)
-
-
-def _captured(fn: Function, slots: tuple[Slot, ...]) -> tuple[Captured, tuple[Slot, ...]]:
-    try:
-        return captured_for(fn, slots)
-    except (CaptureError, TypeError) as error:
-        check_signature(fn.call, len(slots), fn.kwargs)
-        if isinstance(error, TypeError) and isinstance(fn.call, BUILTINS):
-            raise InvalidProblem(f"{name_of(fn.call)} does not take these operands and keywords: {error}") from None
-        raise
-
-
 # ---------------------------------------------------------------------------- the problem
 
 
@@ -288,15 +246,10 @@ def _checked_out(out: Any, groups: Sequence[Group], entries: Sequence[Entry], eq
         for group in groups:
             kept = [entries[i] for i in group.kept]
             for position in range(length) if group.positions is None else group.positions:
-                graph = _graph_at(group, kept, position)
+                graph = graph_at(group, kept, position)
                 check_fit(graph, group.device, position, kept, [items[position] for items in lists])
     check_aliasing(entries, lists)
     return lists
-
-
-def _graph_at(group: Group, kept: Sequence[Entry], position: int) -> Graph:
-    wanted = tuple(slot.dtype for slot in slots_at(kept, position))
-    return next(c.graph for c in group.captures if tuple(spec.dtype for spec in c.graph.inputs) == wanted)
 
 
 def _empty(fn: Function, entries: Sequence[Entry], out: Any) -> Any:
@@ -307,7 +260,7 @@ def _empty(fn: Function, entries: Sequence[Entry], out: Any) -> Any:
         return out
     slots = tuple(slots_of_nothing(entry) for entry in entries)
     try:
-        captured, _ = _captured(fn, slots)
+        captured, _ = captured_by(fn, slots)
     except CaptureError:
         return []
     return tuple([] for _ in captured.graph.outputs) if captured.structure == "tuple" else []

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchhal._foreach_checks import arrange, check_shapes
+from torchhal._foreach_fast import plainly_disjoint, signature
 from torchhal._foreach_out import check_aliasing
 from torchhal.errors import InvalidProblem
 from torchhal.foreach import foreach_map
@@ -123,13 +124,16 @@ def translate(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         return None
     rule, in_place = entry
     operands = _operands(rule, list(args), dict(kwargs))
-    if operands is None or not all(_acceptable(rule, index, operand) for index, operand in enumerate(operands)):
+    if operands is None:
+        return None
+    common = signature(operands, False) is not None
+    if not all(_acceptable(rule, index, operand, common) for index, operand in enumerate(operands)):
         return None
     lists = [operand for operand in operands if _is_list_of_tensors(operand)]
     out = operands[0] if in_place else None
-    if not lists or (out is not None and out is not lists[0]) or not _alike(rule, lists):
+    if not lists or (out is not None and out is not lists[0]) or not _alike(rule, lists, common):
         return None
-    if not _exact(rule, operands, in_place) or not _served(operands, out):
+    if not _exact(rule, operands, in_place) or not _served(operands, out, common):
         return None
     fn = rule.fn if rule.scalar_fn is None or len(lists) > 1 else rule.scalar_fn
     return ForeachCall(fn, tuple(operands), out)
@@ -157,11 +161,12 @@ def _is_list_of_tensors(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], Tensor)
 
 
-def _acceptable(rule: Rule, index: int, operand: Any) -> bool:
+def _acceptable(rule: Rule, index: int, operand: Any, common: bool) -> bool:
+    """Whether torch takes such an operand there, and it is dense and floating; ``common`` lists are alike throughout."""
     if isinstance(operand, Tensor):
         return rule.tensor and index == 1 and operand.dim() == 0 and _dense(operand)
     if _is_list_of_tensors(operand):
-        return index < 3 and all(_dense(item) for item in operand)
+        return index < 3 and all(_dense(item) for item in (operand[:1] if common else operand))
     first_number = {"binary": 1, "ternary": 3, "power": 0}[rule.shape]
     if rule.second == ("src",) or index < first_number:
         return False
@@ -173,7 +178,8 @@ def _dense(tensor: Any) -> bool:
     return type(tensor) in _DENSE and tensor.dtype in FLOATS and tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _alike(rule: Rule, lists: Sequence[Sequence[Tensor]]) -> bool:
+def _alike(rule: Rule, lists: Sequence[Sequence[Tensor]], common: bool) -> bool:
+    lists = [items[:1] for items in lists] if common else lists
     if len({tensor.device for items in lists for tensor in items}) > 1:
         return False
     return rule.shape != "ternary" or len({tensor.dtype for items in lists for tensor in items}) == 1
@@ -200,8 +206,10 @@ def _holds(dtype: torch.dtype, number: float) -> bool:
     return number != number or torch.tensor(number, dtype=dtype).item() == number
 
 
-def _served(operands: Sequence[Any], written: Sequence[Tensor] | None) -> bool:
+def _served(operands: Sequence[Any], written: Sequence[Tensor] | None, common: bool) -> bool:
     """Whether foreach_map takes these operands; what it refuses, torch may do in its own way."""
+    if common and (written is None or plainly_disjoint(written, operands)):
+        return True
     try:
         entries, _ = arrange(operands)
         equal = check_shapes(entries)

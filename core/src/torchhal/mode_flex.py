@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, _identity, noop_mask
 
 from torchhal import environment, scope
-from torchhal.attention import attention, score_dtype
+from torchhal.attention import attention
 from torchhal.problems import AttentionProblem
+from torchhal.reference.attention import score_dtype
 from torchhal.registry import REFERENCE, registry
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def attention(
     packed_value, lengths_v = _packed("value", value)
     if lengths_k is not lengths_v and not torch.equal(lengths_k, lengths_v):
         raise InvalidProblem("key and value are nested with different lengths; each key needs its value")
-    functions = Functions(capture_score_mod(score_mod, query.dtype), capture_mask_mod(None))
+    functions = Functions(capture_score_mod(score_mod, query, key, value), capture_mask_mod(None))
     lengths = {"cu_seqlens_q": lengths_q.to(torch.int32), "cu_seqlens_k": lengths_k.to(torch.int32)}
     operands = operands_of(functions, None, dropout_p, packed_query, **lengths)
     call = Call(

@@ -12,6 +12,7 @@ from torchhal._text import dtype_from_name, dtype_name
 from torchhal.operands import AttentionOperands, MatmulOperands, PackedWeight
 from torchhal.ops import Description, Operator, call, define
 from torchhal.problems import AttentionProblem, ForeachProblem, MatmulProblem, Plan
+from torchhal.reference.attention import score_dtype
 from torchhal.selection import Route
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _run_attention(plan: Plan, problem: AttentionProblem, tensors: Sequence[Tens
     return result if problem.return_lse else (result,)
 
 
-def attention_shapes(query: Tensor, value: Tensor, return_lse: bool) -> list[Tensor]:
+def attention_shapes(query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> list[Tensor]:
     """Uninitialised results: ``out`` in the query's order of dimensions, packed, and a contiguous LSE.
 
     Transformers keep (B, L, H, E) tensors and pass transposed views; giving the result the same order makes
@@ -63,11 +64,11 @@ def attention_shapes(query: Tensor, value: Tensor, return_lse: bool) -> list[Ten
         out = query.new_empty(sizes)
     if not return_lse:
         return [out]
-    return [out, query.new_empty(query.shape[:-1], dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)]
+    return [out, query.new_empty(query.shape[:-1], dtype=score_dtype(query.dtype, key.dtype, value.dtype))]
 
 
 def _attention_shapes(problem: AttentionProblem, tensors: Sequence[Tensor], description: Description) -> list[Tensor]:
-    return attention_shapes(tensors[0], tensors[2], problem.return_lse)
+    return attention_shapes(*tensors[:3], problem.return_lse)
 
 
 # ---------------------------------------------------------------------------- matmul

@@ -11,11 +11,12 @@ import typer
 from rich.markup import escape
 
 from torchhal import lock, tuning
+from torchhal.bench.cases import Shape
 from torchhal.cli.bench import seconds
 from torchhal.cli.output import FAILED, Json, emit, out, progress, reporting_errors, table, usage
 from torchhal.problems import Problem
 from torchhal.registry import registry
-from torchhal.tuning import Shape, Tuned
+from torchhal.tuning import Tuned
 
 
 @reporting_errors

@@ -17,7 +17,6 @@ from torchhal.attention import (
     block_size_of,
     operands_of,
     run,
-    score_dtype,
     share_batch,
 )
 from torchhal.compiled.call import FAMILIES, Description, Family, Numbers, describe, record
@@ -25,6 +24,7 @@ from torchhal.errors import InvalidProblem
 from torchhal.mode import sdpa_traced
 from torchhal.ops_families import attention_shapes
 from torchhal.pointwise import capture
+from torchhal.reference.attention import score_dtype
 
 _INDICES = [(torch.int32, False)] * 4
 
@@ -85,7 +85,7 @@ def _record(
 ) -> Any:  # fmt: skip
     functions = []
     if score_mod is not None:
-        functions.append((score_mod, [(score_dtype(tensors["query"].dtype), False), *_INDICES]))
+        functions.append((score_mod, [(score_dtype(*[tensors[name].dtype for name in ("query", "key", "value")]), False), *_INDICES]))
     if mask_mod is not None:
         functions.append((mask_mod, _INDICES))
     state = scope.current.state  # read here so that Dynamo guards on it
@@ -101,7 +101,7 @@ def _record(
 
 def _shapes(call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     named = dict(zip(call["tensors"], tensors, strict=True))
-    return attention_shapes(named["query"], named["value"], call["return_lse"])
+    return attention_shapes(named["query"], named["key"], named["value"], call["return_lse"])
 
 
 def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
@@ -115,7 +115,7 @@ def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functio
         return (sdpa_traced(call["backend"], call["strict"], query, key, value, attn_mask, 0.0, *flags),)
     if call["layout"] == "dense":
         key, value = share_batch(query, key, value)
-    captured = _capture(call, query, list(functions))
+    captured = _capture(call, query, key, value, list(functions))
     operands = operands_of(captured, None, call["dropout_p"], query, **named)
     result = run(
         Call(
@@ -127,10 +127,10 @@ def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functio
     return result if isinstance(result, tuple) else (result,)
 
 
-def _capture(call: Description, query: Tensor, functions: list[Callable[..., Any]]) -> Functions:
+def _capture(call: Description, query: Tensor, key: Tensor, value: Tensor, functions: list[Callable[..., Any]]) -> Functions:
     score, mask = None, None
     if call["has_score_mod"]:
-        inputs = (("score", score_dtype(query.dtype)), *INDICES)
+        inputs = (("score", score_dtype(query.dtype, key.dtype, value.dtype)), *INDICES)
         score = capture(functions.pop(0), inputs, what="score_mod")
     if call["has_mask_mod"]:
         mask = capture(functions.pop(0), INDICES, what="mask_mod")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchhal._text import short
+from torchhal.errors import InvalidProblem
 from torchhal.pointwise import Graph, evaluate
 from torchhal.problems import ForeachProblem, Plan
 
@@ -81,22 +83,30 @@ def _foreach_map(
     results: tuple[list[Tensor], ...] = tuple([] for _ in problem.functions[0].outputs)
     for position in range(len(lists[0])):
         picked = [entry if kind == "scalar" else entry[position] for kind, entry in zip(problem.operands, operands, strict=True)]
-        for index, value in enumerate(_evaluate(graphs, picked, captured, problem.device)):
+        for index, value in enumerate(_evaluate(graphs, picked, captured, problem.device, position)):
             results[index].append(value if out is None else out[index][position].copy_(value))
     return results
 
 
 def _evaluate(
-    graphs: dict[tuple[torch.dtype, ...], Graph], picked: Sequence[Any], captured: Sequence[Tensor], device: torch.device
+    graphs: dict[tuple[torch.dtype, ...], Graph], picked: Sequence[Any], captured: Sequence[Tensor], device: torch.device, position: int
 ) -> list[Tensor]:
     values = [_as_tensor(value, device) for value in picked]
     shapes = [value.shape if isinstance(value, Tensor) else None for value in picked]
-    graph = graphs[tuple(value.dtype for value in values)]
+    graph = _graph(graphs, tuple(value.dtype for value in values), position)
     settled = []
     for index, (output, needed) in enumerate(zip(evaluate(graph, values, captured), depends_on(graph), strict=True)):
         full = output.expand(output_shape(needed, shapes))
         settled.append(full.clone() if _may_alias(graph, index) else full)
     return settled
+
+
+def _graph(graphs: dict[tuple[torch.dtype, ...], Graph], found: tuple[torch.dtype, ...], position: int) -> Graph:
+    graph = graphs.get(found)
+    if graph is None:
+        known = " and ".join(short(dtypes) for dtypes in graphs)
+        raise InvalidProblem(f"position {position} of the lists has {short(found)} and the problem has graphs for {known}")
+    return graph
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:

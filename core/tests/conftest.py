@@ -1,0 +1,36 @@
+"""Every test of the core starts with no backend installed but the reference, and no choice made by the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import pytest
+from fake_backends import FakeEntryPoint, Install
+
+from torchhal import registry, selection
+
+@pytest.fixture(autouse=True)
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs backends for one test: ``install("name", plugin)`` or ``install("name", error=ImportError(...))``."""
+    points: list[FakeEntryPoint] = []
+    real = metadata.entry_points
+
+    def entry_points(**wanted: Any) -> Any:
+        return points if wanted.get("group") == registry.ENTRY_POINT_GROUP else real(**wanted)
+
+    for name in [name for name in os.environ if name.startswith("TORCHHAL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHHAL_LOCK", "")
+    monkeypatch.setattr(registry.metadata, "entry_points", entry_points)
+    selection.reset()
+
+    def add(name: str, plugin: object = None, *, error: BaseException | None = None, distribution: str = "") -> None:
+        points.append(FakeEntryPoint(name, plugin, error, distribution or f"dist-of-{name}"))
+        selection.reset()
+
+    yield add
+    points.clear()
+    selection.reset()

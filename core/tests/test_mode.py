@@ -1,0 +1,210 @@
+"""The mode: what it serves, what it leaves to torch, and torch's meaning of every argument."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_backends import EVERYTHING, Install, backend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as imported_beforehand
+
+import torchhal
+from torchhal import Decline, Plan
+from torchhal.errors import BackendNotFound, Unsupported
+from torchhal.problems import AttentionProblem
+from torchhal.reference.attention import plan as reference_plan
+
+Q = torch.randn(2, 4, 6, 8)
+K = torch.randn(2, 4, 9, 8)
+
+
+@pytest.fixture
+def mine(install: Install) -> list[AttentionProblem]:
+    """A backend that serves everything, by way of the reference's code; the problems it was asked."""
+    asked: list[AttentionProblem] = []
+
+    def answer(problem: AttentionProblem) -> Plan | Decline:
+        asked.append(problem)
+        return reference_plan(problem)
+
+    install("mine", backend("mine", answer, preference={"cpu": 10}))
+    return asked
+
+
+def chosen() -> list[str | None]:
+    return [route.chosen for route in torchhal.routes()]
+
+
+CALLS: list[dict[str, Any]] = [
+    {},
+    {"is_causal": True},
+    {"attn_mask": torch.rand(6, 9) > 0.3},
+    {"attn_mask": torch.randn(2, 1, 6, 9)},
+    {"scale": 0.7},
+]
+
+
+@pytest.mark.parametrize("arguments", CALLS, ids=lambda a: ",".join(a) or "plain")
+def test_attention_is_served_with_torchs_meaning(mine: object, arguments: dict[str, Any]) -> None:
+    expected = F.scaled_dot_product_attention(Q, K, K, **arguments)
+    with torchhal.enable():
+        served = imported_beforehand(Q, K, K, **arguments)
+        again = torch._C._nn.scaled_dot_product_attention(Q, K, K, **arguments)
+    torch.testing.assert_close(served, expected)
+    torch.testing.assert_close(again, expected)
+    assert set(chosen()) == {"mine"}
+
+
+def test_grouped_heads_and_three_dimensions_are_served(mine: object) -> None:
+    key = K[:, :2]
+    with torchhal.enable():
+        grouped = F.scaled_dot_product_attention(Q, key, key, enable_gqa=True)
+        flat = F.scaled_dot_product_attention(Q[:, 0], K[:, 0], K[:, 0], torch.ones(2, 6, 9, dtype=torch.bool))
+    torch.testing.assert_close(grouped, F.scaled_dot_product_attention(Q, key, key, enable_gqa=True))
+    torch.testing.assert_close(flat, F.scaled_dot_product_attention(Q[:, 0], K[:, 0], K[:, 0]))
+    assert set(chosen()) == {"mine"}
+
+
+UNTOUCHED: list[tuple[str, Callable[[], Any]]] = [
+    ("dropout", lambda: F.scaled_dot_product_attention(Q, K, K, dropout_p=0.5)),
+    ("causal and masked", lambda: F.scaled_dot_product_attention(Q, K, K, torch.ones(6, 9), is_causal=True)),
+    ("five dimensions", lambda: F.scaled_dot_product_attention(Q[None], K[None], K[None])),
+    ("broadcast batch", lambda: F.scaled_dot_product_attention(Q, K[:1], K[:1])),
+]
+
+
+@pytest.mark.parametrize("call", [c[1] for c in UNTOUCHED], ids=[c[0] for c in UNTOUCHED])
+def test_what_only_torch_knows_goes_to_torch(mine: list[AttentionProblem], call: Callable[[], Any]) -> None:
+    torch.manual_seed(3)
+    expected = call()
+    torch.manual_seed(3)
+    with torchhal.enable():
+        assert torch.equal(call(), expected)
+    assert mine == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attn_mask": torch.ones(5, 5)},
+        {"dropout_p": -1.0},
+    ],
+)
+def test_what_torch_refuses_is_refused_in_torchs_words(mine: object, arguments: dict[str, Any]) -> None:
+    with pytest.raises(Exception) as plain:  # noqa: B017
+        F.scaled_dot_product_attention(Q, K, K, **arguments)
+    with torchhal.enable(), pytest.raises(type(plain.value)) as served:
+        F.scaled_dot_product_attention(Q, K, K, **arguments)
+    assert str(served.value) == str(plain.value)
+
+
+def test_a_user_who_chose_a_kernel_of_torch_keeps_it(mine: list[AttentionProblem]) -> None:
+    with torchhal.enable(), sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(Q, K, K)
+    assert mine == []
+
+
+def test_without_a_backend_that_improves_it_torch_serves_and_nothing_warns() -> None:
+    expected = F.scaled_dot_product_attention(Q, K, K)
+    with torchhal.enable(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(F.scaled_dot_product_attention(Q, K, K), expected)
+    assert chosen() == ["torch"]
+
+
+def test_an_explicit_backend_that_can_not_serve_raises(install: Install) -> None:
+    install("shy", backend("shy", lambda problem: Decline("busy", "is busy")))
+    with torchhal.enable("shy"), pytest.raises(Unsupported, match="is busy"):
+        F.scaled_dot_product_attention(Q, K, K)
+
+
+def test_strict_raises_where_a_backend_declined(install: Install) -> None:
+    install("shy", backend("shy", lambda problem: Decline("busy", "is busy"), preference={"cpu": 10}))
+    with torchhal.enable(strict=True), pytest.raises(Unsupported, match="strict mode forbids"):
+        F.scaled_dot_product_attention(Q, K, K)
+
+
+def test_an_unknown_backend_is_refused_when_the_mode_is_made() -> None:
+    with pytest.raises(BackendNotFound):
+        torchhal.enable("ghost")
+
+
+def test_the_attention_inside_multihead_attention_is_served(mine: list[AttentionProblem]) -> None:
+    layer = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    expected, _ = layer(x, x, x, need_weights=False)
+    with torchhal.enable():
+        served, _ = layer(x, x, x, need_weights=False)
+    torch.testing.assert_close(served, expected)
+    assert chosen() == ["mine"]
+
+
+def test_the_attention_inside_a_transformer_encoder_is_served(mine: list[AttentionProblem]) -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = layer(x)
+        with torchhal.enable():
+            served = layer(x)
+    torch.testing.assert_close(served, expected)
+    assert chosen() == ["mine"]
+
+
+def test_gradients_flow_through_a_served_call(mine: object) -> None:
+    leaf, other = Q.clone().requires_grad_(), Q.clone().requires_grad_()
+    with torchhal.enable():
+        F.scaled_dot_product_attention(leaf, K, K).square().sum().backward()
+    F.scaled_dot_product_attention(other, K, K).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    assert chosen() == ["mine"]
+
+
+def test_other_operations_give_what_they_give_without_the_mode() -> None:
+    with torchhal.enable():
+        assert torch.equal(torch.add(Q, 1, alpha=2), Q + 2)
+        assert Q.mul(2).sum().item() == pytest.approx(2 * Q.sum().item())
+
+
+BIAS = torch.randn(64)
+MASK = create_block_mask(lambda b, h, i, j: i >= j, None, None, 32, 32, device="cpu", BLOCK_SIZE=16)
+FLEX: list[dict[str, Any]] = [
+    {},
+    {"score_mod": lambda score, b, h, i, j: score + BIAS[i - j + 31]},
+    {"block_mask": MASK},
+    {"scale": 0.3, "score_mod": lambda score, b, h, i, j: torch.tanh(score / 5) * 5},
+]
+
+
+@pytest.mark.parametrize("arguments", FLEX, ids=["plain", "score_mod", "block_mask", "scale"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_is_served_in_eager_mode(mine: object, arguments: dict[str, Any]) -> None:
+    q = torch.randn(1, 2, 32, 16)
+    expected = flex_attention(q, q, q, **arguments)
+    with torchhal.enable():
+        served = flex_attention(q, q, q, **arguments)
+    torch.testing.assert_close(served, expected)
+    assert set(chosen()) == {"mine"}
+
+
+def test_flex_attention_gives_the_lse_in_torchs_unit(mine: object) -> None:
+    q = torch.randn(1, 2, 32, 16)
+    _, expected = flex_attention(q, q, q, return_lse=True)
+    with torchhal.enable():
+        _, served = flex_attention(q, q, q, return_lse=True)
+    torch.testing.assert_close(served, expected)
+    assert set(chosen()) == {"mine"}
+
+
+def test_flex_attention_stays_with_torch_when_nobody_claims_its_functions(install: Install) -> None:
+    plain = type(EVERYTHING)(dtypes=EVERYTHING.dtypes, layouts=EVERYTHING.layouts)
+    install("plain", backend("plain", reference_plan, claims=plain, preference={"cpu": 10}))
+    q = torch.randn(1, 2, 32, 16)
+    with torchhal.enable():
+        flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score * 2)
+    assert chosen() == []
