@@ -20,6 +20,7 @@ few = settings(max_examples=25, deadline=None)
 XS = [torch.randn(3), torch.randn(2, 4), torch.randn(())]
 YS = [torch.randn(3), torch.randn(4), torch.randn(5)]
 MATRIX = torch.randn(2, 2)
+NESTED = torch.nested.nested_tensor([torch.randn(3)], layout=torch.jagged)
 
 
 def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
@@ -249,7 +250,7 @@ def test_gradients_pass_through_an_intermediate_that_is_written_to() -> None:
         (lambda: foreach_map(torch.add, XS[:1], [torch.ones(4)]), r"position 0 of the lists do not broadcast.*\(3,\), \(4,\)"),
         (lambda: foreach_map(torch.add, [MATRIX], [MATRIX.to("meta")]), "position 0 of the lists are on cpu and meta; move them"),
         (lambda: foreach_map(torch.neg, [MATRIX.to_sparse()]), "operand 0 of foreach_map holds a torch.sparse_coo tensor"),
-        (lambda: foreach_map(torch.neg, [torch.nested.nested_tensor([XS[0]])]), "operand 0 of foreach_map holds a nested tensor"),
+        (lambda: foreach_map(torch.neg, [NESTED]), "operand 0 of foreach_map holds a nested tensor"),
         (lambda: foreach_map(3, XS), "foreach_map expects a function first and got int"),
         (lambda: foreach_map(torch.add, XS, YS, beta=2), "add does not take these operands and keywords.*beta"),
         (lambda: foreach_map(lambda x: x, XS, alpha=2), "neither foreach_map nor .*<lambda> takes alpha.*takes x"),

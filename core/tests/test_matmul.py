@@ -139,7 +139,7 @@ def test_eight_bit_floats_need_the_type_of_the_result() -> None:
         (X.int(), X.mT, {}, r"a expects a floating type and has torch.int32; convert it with .to\(...\), or use torch.matmul"),
         (X, X.mT.to(torch.complex64), {}, "b expects a floating type and has torch.complex64"),
         (X.to_sparse(), X.mT, {}, r"a expects a dense tensor and has the layout torch.sparse_coo; convert it with .to_dense\(\)"),
-        (torch.nested.nested_tensor([X, X]), X.mT, {}, r"a is a nested tensor; multiply its a.values\(\)"),
+        (torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged), X.mT, {}, r"a is a nested tensor; multiply its a.values\(\)"),
         (X, X.mT, {"out_dtype": torch.int32}, "out_dtype expects a floating type.*got torch.int32"),
         (X, X.mT, {"out_dtype": "float32"}, "out_dtype expects a floating type.*got 'float32'"),
         (X, X.mT, {"out_dtype": (torch.float32,) * 2}, "out_dtype names 2 types and the call has 1 outputs"),

@@ -12,11 +12,13 @@ or, with a program that never heard of torchhal::
 
 from __future__ import annotations
 
-from torchhal import errors, pointwise
+from torchhal import deploy, errors, pointwise
 from torchhal.attention import attention, merge_attention, paged_attention, varlen_attention
-
+from torchhal.cache import cache_store, load_cache, save_cache
+from torchhal.context_parallel import context_parallel
 from torchhal.foreach import foreach_map
 from torchhal.hookspecs import hookimpl
+from torchhal.inventory import backends
 from torchhal.matmul import matmul, pack_weight
 from torchhal.mode import enable
 from torchhal.problems import SPEC_VERSION, BackendInfo, Capabilities, Decline, Plan, Problem
@@ -32,18 +34,23 @@ __all__ = [
     "Problem",
     "Route",
     "attention",
-
+    "backends",
+    "cache_store",
+    "context_parallel",
+    "deploy",
     "enable",
     "errors",
     "explain",
     "foreach_map",
     "hookimpl",
+    "load_cache",
     "matmul",
     "merge_attention",
     "pack_weight",
     "paged_attention",
     "pointwise",
     "routes",
+    "save_cache",
     "use",
     "varlen_attention",
 ]

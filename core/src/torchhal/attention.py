@@ -95,14 +95,14 @@ def attention(
         InvalidProblem: shapes, types or devices that mean nothing together; the message says which.
         Unsupported: nobody the policy allows can serve the call; carries each backend's reason.
     """
+    if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
+        return _context_parallel(
+            query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
+        )
     if torch.compiler.is_dynamo_compiling():
         from torchhal import compiled
 
         return compiled.attention(
-            query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
-        )
-    if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
-        return _context_parallel(
             query, key, value, score_mod, block_mask, attn_mask, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
         )
     if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -129,9 +129,15 @@ class ContextParallelBlock:
     plan: Plan
     group: Any
     """The ``torch.distributed.ProcessGroup``."""
+    attention: Callable[[AttentionArguments], Any] = field(init=False)
+    """This rank's rows of attention over the whole sequence, a break in a compiled graph."""
 
-    @torch.compiler.disable(reason=_EAGER)  # type: ignore[no-untyped-call, untyped-decorator]
-    def attention(self, arguments: AttentionArguments) -> Any:
+    def __post_init__(self) -> None:
+        # Made here and not by a decorator: torch.compiler.disable imports Dynamo, 0.8 s that `import torchhal` has not.
+        eager = torch.compiler.disable(self._attention, reason=_EAGER)  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "attention", eager)
+
+    def _attention(self, arguments: AttentionArguments) -> Any:
         """This rank's rows of attention over the whole sequence; every rank of the group has to call it.
 
         Returns:

@@ -92,8 +92,6 @@ def scaled_dot_product_attention(
             mode.backend, mode.strict, query, key, value, attn_mask, is_causal, scale, enable_gqa
         )
     if dropout_p == 0.0 and type(query) is Tensor and _flash_allowed() and _math_allowed():
-        if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
-            return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
         if attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)):
             flags = (is_causal, enable_gqa, False, mode.backend, mode.strict, True)
             try:

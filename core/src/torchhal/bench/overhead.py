@@ -189,30 +189,23 @@ def negotiation(amount: Amount) -> list[Overhead]:
 
 
 _IMPORT: Final = (
-    "import time, torch; t = time.perf_counter(); import torchhal; print(time.perf_counter() - t)"
+    "import time, torch; wall, busy = time.perf_counter(), time.process_time(); import torchhal; "
+    "print(time.perf_counter() - wall, time.process_time() - busy)"
 )
 
 
 def import_time(amount: Amount) -> list[Overhead]:
     """(e) What ``import torchhal`` adds to ``import torch``, in new processes."""
+    name, what, budget = "import", "import torchhal, after import torch", BUDGETS["import"]
     times = []
     for _ in range(amount.processes):
         done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False)
         if done.returncode:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            return [
-                Overhead(
-                    "import",
-                    "import torchhal, after import torch",
-                    None,
-                    BUDGETS["import"],
-                    note=f"failed: {why[0]}",
-                )
-            ]
-        times.append(float(done.stdout))
-    return [
-        Overhead("import", "import torchhal, after import torch", statistics.median(times), BUDGETS["import"])
-    ]
+            return [Overhead(name, what, None, budget, note=f"failed: {why[0]}")]
+        times.append(tuple(map(float, done.stdout.split())))
+    wall, busy = (statistics.median(values) for values in zip(*times))
+    return [Overhead(name, what, wall, budget, note=f"{busy * 1e3:.0f} ms of it on the processor")]
 
 
 def compiled_call(backend: Backend, amount: Amount) -> list[Overhead]:
