@@ -63,19 +63,37 @@ def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = No
         from torchhal import compiled
 
         return compiled.foreach_map(fn, operands, backend, kwargs)
-    out = kwargs.pop("out", None)
+    result = serve(fn, operands, kwargs.pop("out", None), kwargs, Policy(backend))
+    assert result is not LEFT_TO_TORCH
+    return result
+
+
+class Policy(NamedTuple):
+    """How a call's backend is chosen; the arguments of :func:`torchhal.selection.select`."""
+
+    backend: str | None = None
+    strict: bool | None = None
+    or_torch: bool = False
+
+
+LEFT_TO_TORCH: Final = object()
+"""What :func:`serve` returns, having written nothing, where the policy leaves the call to torch."""
+
+
+def serve(fn: Callable[..., Any], operands: tuple[Any, ...], out: Any, kwargs: dict[str, Any], policy: Policy) -> Any:
+    """:func:`foreach_map` in eager mode, under any policy."""
     twin = out_of_place(fn)
     if twin is not None:
         out = _in_place_target(fn, operands, out)
     if not callable(fn):
         raise InvalidProblem(f"foreach_map expects a function first and got {type(fn).__name__}")
     call = function(twin or fn, kwargs)
-    key = _common_key(call, operands, out, backend)
+    key = _common_key(call, operands, out, policy)
     common = None if key is None else _common.get(key)
-    return _run(call, operands, out, backend, key) if common is None else _run_common(common, operands, out)
+    return _run(call, operands, out, policy, key) if common is None else _run_common(common, operands, out)
 
 
-def _common_key(call: Function, operands: tuple[Any, ...], out: Any, backend: str | None) -> tuple[object, ...] | None:
+def _common_key(call: Function, operands: tuple[Any, ...], out: Any, policy: Policy) -> tuple[object, ...] | None:
     """What the plan of a call of the common kind depends on, None for every other call."""
     if call.key is None or call.tensors or not (out is None or (operands and out is operands[0])):
         return None
@@ -83,7 +101,7 @@ def _common_key(call: Function, operands: tuple[Any, ...], out: Any, backend: st
     found = signature(operands, grad)
     if found is None or (out is not None and grad and any([t.requires_grad for t in out])):  # noqa: C419
         return None
-    return call.key, found, out is not None, backend, scope.current.state
+    return call.key, found, out is not None, policy, scope.current.state
 
 
 def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
@@ -96,7 +114,7 @@ def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
     return (results if structure == "tuple" else results[0]) if out is None else out
 
 
-def _run(call: Function, operands: tuple[Any, ...], out: Any, backend: str | None, key: tuple[object, ...] | None) -> Any:
+def _run(call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None) -> Any:
     """Serve any call; remembers it under ``key`` if it turns out to be of the common kind."""
     entries, length = arrange(operands)
     if length == 0:
@@ -106,30 +124,43 @@ def _run(call: Function, operands: tuple[Any, ...], out: Any, backend: str | Non
     groups = grouped(call, entries, length)
     structure, outputs = groups[0].captures[0].structure, len(groups[0].captures[0].graph.outputs)
     lists = None if out is None else _checked_out(out, groups, entries, equal, length)
+    prepared = [_prepare(group, entries, lists, policy) for group in groups]
+    if any(part.selected.plan is None for part in prepared):
+        return LEFT_TO_TORCH
     results = tuple([None] * length for _ in range(outputs)) if len(groups) > 1 else ()
-    for group in groups:
-        part = _serve(group, entries, lists, backend)
+    for group, part in zip(groups, prepared, strict=True):
+        values = _dispatch(*part)
         if len(groups) == 1:
-            results = part
+            results = values
             if key is not None and len(group.kept) == len(operands) and not group.captures[0].tensors:
-                _common[key] = Common(_plans[_key(group, operands, (), lists, backend)], structure)
+                _common[key] = Common(part.selected, structure)
             break
-        _scatter(part, group.positions, results)
+        _scatter(values, group.positions, results)
     if out is not None:
         return out
     return results if structure == "tuple" else results[0]
 
 
-def _serve(group: Group, entries: Sequence[Entry], lists: Lists | None, backend: str | None) -> tuple[list[Any], ...]:
+class _Prepared(NamedTuple):
+    """One group, ready to run."""
+
+    selected: Selected
+    operands: list[Any]
+    captured: tuple[Tensor, ...]
+    out: Lists | None
+
+
+def _prepare(group: Group, entries: Sequence[Entry], lists: Lists | None, policy: Policy) -> _Prepared:
     operands = [_part(entries[i], group) for i in group.kept]
     captured = tuple(_moved(t, group.device) for t in group.captures[0].tensors)
     out = lists if lists is None or group.positions is None else tuple([items[p] for p in group.positions] for items in lists)
-    key = _key(group, operands, captured, out, backend)
+    key = _key(group, operands, captured, out, policy)
     selected = _plans.get(key)
     if selected is None:
-        selected = _plans[key] = select(build_problem(group, _learns(operands, out), _any_grad(captured), out is not None), backend)
+        problem = build_problem(group, _learns(operands, out), _any_grad(captured), out is not None)
+        selected = _plans[key] = select(problem, policy.backend, strict=policy.strict, or_torch=policy.or_torch)
     selected.record()
-    return _dispatch(selected, operands, captured, out)
+    return _Prepared(selected, operands, captured, out)
 
 
 def _dispatch(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None) -> tuple[list[Any], ...]:
@@ -151,12 +182,12 @@ def _traced(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...
 
 
 def _key(
-    group: Group, operands: Sequence[Any], captured: tuple[Tensor, ...], out: Lists | None, backend: str | None
+    group: Group, operands: Sequence[Any], captured: tuple[Tensor, ...], out: Lists | None, policy: Policy
 ) -> tuple[object, ...]:
     layouts = frozenset([t.layout for entry in operands if _is_tensors(entry) for t in entry])
     grad = torch.is_grad_enabled() and (_learns(operands, out), _any_grad(captured))
     graphs = tuple([c.graph for c in group.captures])
-    return group.device, graphs, group.how, out is not None, layouts, grad, backend, scope.current.state
+    return group.device, graphs, group.how, out is not None, layouts, grad, policy, scope.current.state
 
 
 def _is_tensors(entry: Any) -> bool:

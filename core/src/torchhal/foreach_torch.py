@@ -25,9 +25,10 @@ from torchhal._foreach_checks import arrange, check_shapes
 from torchhal._foreach_fast import plainly_disjoint, signature
 from torchhal._foreach_out import check_aliasing
 from torchhal.errors import InvalidProblem
-from torchhal.foreach import foreach_map
+from torchhal.foreach import LEFT_TO_TORCH, Policy, serve
 
 FLOATS: Final = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+DEFAULT: Final = Policy()
 _DENSE: Final = (Tensor, torch.nn.Parameter)
 
 
@@ -39,10 +40,13 @@ class ForeachCall(NamedTuple):
     out: Sequence[Tensor] | None
     """The first operand for an in-place function, else None."""
 
-    def run(self, backend: str | None = None) -> Any:
-        """The result as torch returns it: a tuple of new tensors, or the list that was written to."""
-        result = foreach_map(self.fn, *self.operands, out=self.out, backend=backend)
-        return tuple(result) if self.out is None else result
+    def run(self, policy: Policy = DEFAULT) -> Any:
+        """The result as torch returns it: a tuple of new tensors, or the list that was written to.
+
+        ``LEFT_TO_TORCH`` where the policy says so; nothing has been written then.
+        """
+        result = serve(self.fn, self.operands, self.out, {}, policy)
+        return tuple(result) if self.out is None and result is not LEFT_TO_TORCH else result
 
 
 class Rule(NamedTuple):

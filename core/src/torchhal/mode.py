@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torchhal import scope
+from torchhal import mode_foreach, scope
 from torchhal.attention import Call, build_problem, dense_plan, run
 from torchhal.errors import InvalidProblem
 from torchhal.registry import registry
@@ -215,5 +215,6 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     _sdpa: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
     torch.ops.higher_order.flex_attention: flex_attention,
+    **mode_foreach.handlers(),
 }
 """What the mode serves; everything else goes straight to torch."""

@@ -144,7 +144,9 @@ class ForeachProblem(Problem):
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
-        return frozenset(spec.dtype for graph in self.functions for spec in graph.inputs)
+        # A number stands in its graph as float64 or int64, which no tensor of the call needs to be.
+        listed = [[i.dtype for i, how in zip(g.inputs, self.operands, strict=True) if how == "list"] for g in self.functions]
+        return frozenset(dtype for types in listed for dtype in types)
 
 
 @dataclass(frozen=True)

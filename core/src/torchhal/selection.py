@@ -87,6 +87,10 @@ def _selected_of(plan: Plan | None, route: Route) -> Selected:
     return Selected(plan, route, plan.run if plan else None, route._calls.__next__)
 
 
+REMEMBERED: Final = 4096
+"""Choices kept. A function that closes over a number that changes makes a new problem at every call."""
+
+
 class _Explaining(str):
     """A choice that also asks :func:`select` to stop and hand the Route over; never equal to a plain name."""
 
@@ -178,6 +182,9 @@ def select(problem: Problem, backend: str | None = None, *, strict: bool | None 
     if selected is None:
         with _lock:
             selected = _selected.get(key) or _Selection(problem, backend, scoped, strict, or_torch).run(announce=True)
+            while len(_selected) >= REMEMBERED:
+                oldest = next(iter(_selected))
+                del _selected[oldest], _routes[oldest]
             _selected[key] = selected
             _routes[key] = selected.route
     return selected

@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, (result, arguments) in _C_FUNCTIONS.items():
         function = getattr(library, name, None)
         if function is None:
-            raise NativeUnavailable(f"the native library {library._name} has no {name}: reinstall torchhal-cpu-x86")
+            raise NativeUnavailable(
+                f"the native library {library._name} has no {name}: reinstall torchhal-cpu-x86"
+            )
         function.restype, function.argtypes = result, arguments
     found = library.thal_interface_version()
     if found != INTERFACE_VERSION:
@@ -210,7 +213,9 @@ class Native:
         self.library = _open(path)
         _declare(self.library)
         if not self.instruction_sets():
-            raise NativeUnavailable("this CPU or operating system lacks AVX2, FMA or F16C, which every kernel needs")
+            raise NativeUnavailable(
+                "this CPU or operating system lacks AVX2, FMA or F16C, which every kernel needs"
+            )
         _register_with_torch(self.library)
         _register_fakes()
         self._fingerprint = _fingerprint(path)
@@ -232,7 +237,9 @@ class Native:
 
     def fma_rate(self, isa: str, threads: int = 1) -> float:
         """Peak float32 multiply-add GFLOP/s of `threads` of torch's threads."""
-        return self._checked(self.library.thal_measure_fma(self._code(isa), 5, threads, *self._threads(threads)))
+        return self._checked(
+            self.library.thal_measure_fma(self._code(isa), 5, threads, *self._threads(threads))
+        )
 
     def bandwidth(self, size: int = 256 << 20, threads: int | None = None) -> float:
         """Read GB/s over a buffer of `size` bytes, by all of torch's threads unless `threads` says otherwise."""
@@ -302,6 +309,9 @@ class Native:
         return next(name for name, value in ISAS.items() if value == code)
 
 
+_LOADING = threading.Lock()
+
+
 @functools.cache
 def _load(path: Path) -> Native:
     native = Native(path)
@@ -316,4 +326,5 @@ def load() -> Native:
     Raises `NativeUnavailable` when it is absent, does not fit this CPU or this torch, and `InstructionSetError` when
     ``TORCHHAL_CPU_X86_ISA`` names a set this machine lacks.
     """
-    return _load(_library_path().absolute())
+    with _LOADING:  # operators can be registered with torch only once
+        return _load(_library_path().absolute())

@@ -47,7 +47,8 @@ def draw(results: Sequence[CaseResult], title: str, path: Path) -> None:
     height = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         _bars(axes, shown, name, height, index * height, _COLOURS[index % len(_COLOURS)])
-    axes.axvline(1.0, color="black", linewidth=1)
+    axes.margins(x=0.1)
+    axes.axvline(1.0, color="black", linewidth=1, zorder=0)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shown))], [r.case.name for r in shown])
     axes.invert_yaxis()
     axes.set_xlabel(f"times faster than {SDPA} (longer is better; the line is {SDPA} itself)")

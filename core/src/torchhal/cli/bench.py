@@ -81,9 +81,7 @@ def attention(
             step(case.name)
             results.append(measuring.measure(case, measured, where, effort, flex))
     if plot is not None:
-        chart.draw(
-            results, f"{_machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", plot
-        )
+        chart.draw(results, _title(), plot)
     if json_output:
         emit(
             {
@@ -147,6 +145,11 @@ def _machine() -> str:
     return environment_stamp(registry())["machine"]
 
 
+def _title() -> str:
+    threads = torch.get_num_threads()
+    return f"{_machine()}, {threads} thread{'' if threads == 1 else 's'}, torch {torch.__version__}"
+
+
 def _load() -> float | None:
     """Programs that wanted to run in the last minute, on average; None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -175,8 +178,7 @@ def _context() -> dict[str, Any]:
 
 def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, plot: Path | None) -> None:
     console = out()
-    context = _context()
-    console.print(escape(f"{context['machine']}, {context['threads']} threads, torch {context['torch']}"))
+    console.print(escape(_title()))
     arithmetic, reading = (
         f"{limits.gflops:.0f} GFLOP/s ({limits.gflops_source})",
         f"{limits.gbps:.1f} GB/s ({limits.gbps_source})",

@@ -1,0 +1,105 @@
+/* Plain C interface of the torchhal-cpu-x86 native library.
+ *
+ * Nothing here throws, aborts, allocates (except where said) or starts a thread: memory and threads come from the
+ * caller. All strides are in elements and may be any value, including 0 for broadcast dimensions. */
+#ifndef TORCHHAL_CPU_X86_H
+#define TORCHHAL_CPU_X86_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define THAL_API __declspec(dllexport)
+#else
+#define THAL_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a struct below or the meaning of a function changes. */
+#define THAL_INTERFACE_VERSION 1
+
+enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
+
+/* AUTO takes the set chosen by thal_set_isa for the dtype (at first the widest one this CPU has). */
+enum { THAL_ISA_AUTO = 0, THAL_ISA_AVX2 = 1, THAL_ISA_AVX512 = 2, THAL_ISA_AVX512_BF16 = 3, THAL_ISAS = 4 };
+
+/* BOOL: one byte per element, non-zero = attend. The others are added to the scaled score; -inf means masked. */
+enum { THAL_MASK_NONE = 0, THAL_MASK_BOOL = 1, THAL_MASK_F32 = 2, THAL_MASK_BF16 = 3, THAL_MASK_F16 = 4 };
+
+enum {
+  THAL_OK = 0,
+  THAL_BAD_STRUCT = 1,    /* struct_size is not what this library was built with */
+  THAL_BAD_DTYPE = 2,
+  THAL_BAD_ISA = 3,       /* unknown, or not supported by this CPU or operating system */
+  THAL_BAD_SIZE = 4,      /* negative size, E or Ev < 1, or Hq not a multiple of Hkv */
+  THAL_BAD_POINTER = 5,   /* a needed pointer is null */
+  THAL_BAD_WORKSPACE = 6, /* smaller than thal_attention_workspace asks for */
+  THAL_BAD_THREADS = 7,   /* num_threads < 1, or > 1 without a parallel callback */
+  THAL_PARALLEL_FAILED = 8,
+  THAL_NO_MEMORY = 9      /* only the measuring functions allocate */
+};
+
+/* Calls task(i, ctx) once for every i in [0, n), from any threads, and returns 0 after the last has ended. */
+typedef void (*thal_task)(int64_t i, void* ctx);
+typedef int (*thal_parallel)(int64_t n, thal_task task, void* ctx, void* user);
+
+typedef struct thal_attention {
+  uint32_t struct_size; /* sizeof(thal_attention) */
+  int32_t dtype;        /* of q, k, v and out; arithmetic accumulates in float32 */
+  int32_t isa;
+  int32_t is_causal; /* key j is visible to query i iff j <= i (top-left aligned) */
+  int32_t mask_kind;
+  int32_t num_threads;
+  float scale;
+  int32_t reserved;
+  int64_t B, Hq, Hkv, L, S, E, Ev; /* B, L and S may be 0 */
+  const void *q, *k, *v, *mask;
+  void* out;
+  float* lse;           /* optional: natural logarithm of the sum, (B, Hq, L); -inf for fully masked rows */
+  int64_t q_stride[4];  /* (B, Hq, L, E) */
+  int64_t k_stride[4];  /* (B, Hkv, S, E) */
+  int64_t v_stride[4];  /* (B, Hkv, S, Ev) */
+  int64_t mask_stride[4]; /* (B, Hq, L, S) */
+  int64_t out_stride[4]; /* (B, Hq, L, Ev) */
+  int64_t lse_stride[3];
+  void* workspace; /* any alignment */
+  int64_t workspace_size;
+  thal_parallel parallel; /* may be null when num_threads == 1 */
+  void* parallel_user;
+} thal_attention;
+
+/* Bytes of workspace the call needs (a function of sizes, dtype, isa and num_threads, never of L * S), or -code. */
+THAL_API int64_t thal_attention_workspace(const thal_attention* call);
+/* Results are bitwise identical from run to run and for every num_threads. */
+THAL_API int thal_attention_run(const thal_attention* call);
+THAL_API const char* thal_error_text(int code);
+
+THAL_API int32_t thal_interface_version(void);
+/* Bit (1 << THAL_ISA_x) is set when both the CPU and the operating system support that set. */
+THAL_API uint32_t thal_supported_isas(void);
+THAL_API int thal_set_isa(int32_t dtype, int32_t isa);
+THAL_API int32_t thal_get_isa(int32_t dtype);
+
+/* Measurements. Each returns the result, or -code. */
+/* Best float32 FMA rate in GFLOP/s over `repeats` short runs on num_threads threads. */
+THAL_API double thal_measure_fma(int32_t isa, int32_t repeats, int32_t num_threads, thal_parallel parallel, void* user);
+/* Best rate in GFLOP/s of a single-threaded attention problem whose tiles fit in the L2 cache. */
+THAL_API double thal_measure_attention(int32_t isa, int32_t dtype, int32_t repeats);
+/* Best read rate in GB/s over `bytes` bytes of memory, which are allocated and freed here. */
+THAL_API double thal_measure_bandwidth(int64_t bytes, int32_t repeats, int32_t num_threads, thal_parallel parallel,
+                                       void* user);
+
+/* Registration with torch through its stable C shim. The caller resolves each symbol the library names, in order,
+ * and passes the addresses; a null address for a required symbol is refused with the symbol's name in `message`. */
+THAL_API int32_t thal_torch_symbol_count(void);
+THAL_API const char* thal_torch_symbol_name(int32_t index);
+THAL_API int thal_torch_register(void* const* addresses, int32_t count, char* message, int32_t message_size);
+/* A thal_parallel that runs on torch's own threads; valid after thal_torch_register. */
+THAL_API int thal_torch_parallel(int64_t n, thal_task task, void* ctx, void* user);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

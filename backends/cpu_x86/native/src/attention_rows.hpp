@@ -1,0 +1,264 @@
+// Attention for few query rows (decoding): vectors run along the head dimension, so that every key and value is read
+// once, in the order it lies in memory, for all query heads of the group. Bound by memory bandwidth, not arithmetic.
+#pragma once
+
+#include "emit.hpp"
+#include "mask.hpp"
+
+namespace {
+
+template <class V, int DT>
+class Rows {
+  using F = typename V::F;
+  static constexpr int N = V::N;
+  static constexpr int64_t kBlock = thal::kRowKeyBlock;
+  static constexpr int64_t kSize = size_of<DT>();
+
+  const Plan& p_;
+  const Item& it_;
+  const thal_attention& c_;
+  int64_t rows_, width_, value_width_;  // padded to whole vectors
+  float *q_, *o_, *k_, *v_, *scores_, *max_, *sum_;
+  char* buffer_;
+  int64_t key0_, count_;
+  bool masked_;  // some row may not see some key of the block
+
+ public:
+  Rows(const Plan& p, const Item& it, char* scratch) : p_(p), it_(it), c_(p.call), rows_(it.rows) {
+    const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
+    q_ = floats(p.at_q), o_ = floats(p.at_o), k_ = floats(p.at_k), v_ = floats(p.at_v), scores_ = floats(p.at_scores);
+    max_ = floats(p.at_max), sum_ = floats(p.at_sum), buffer_ = scratch + p.at_rows;
+    width_ = (c_.E + N - 1) / N * N;
+    value_width_ = (c_.Ev + N - 1) / N * N;
+  }
+
+  void run() {
+    start();
+    const int64_t end = smaller(it_.key1, row_limit(p_, it_.row0 + rows_ - 1));
+    const char* key = static_cast<const char*>(c_.k) + (it_.b * c_.k_stride[0] + it_.kv_head * c_.k_stride[1]) * kSize;
+    const char* value = static_cast<const char*>(c_.v) + (it_.b * c_.v_stride[0] + it_.kv_head * c_.v_stride[1]) * kSize;
+    for (int64_t k = it_.key0; k < end; k += kBlock) {
+      key0_ = k;
+      count_ = smaller(kBlock, end - k);
+      block(key + k * c_.k_stride[2] * kSize, value + k * c_.v_stride[2] * kSize);
+    }
+    for (int64_t r = 0; r < rows_; ++r) finish(r);
+  }
+
+ private:
+  // Asks for what the next block will read. The loops below do too much per line for the out-of-order window to reach
+  // far ahead: without this, decoding read 10 GB/s on one Zen 4 core, with it 16; nearer, or into L1, was slower.
+  static void fetch_next_block(const char* row, int64_t stride, int64_t at) {
+    if (at % 64 == 0) _mm_prefetch(row + kBlock * stride + at, _MM_HINT_T1);
+  }
+
+  void start() {
+    const auto& c = c_;
+    for (int64_t r = 0; r < rows_; ++r) {
+      max_[r] = -kInf;
+      sum_[r] = 0.0f;
+      const int64_t row = it_.row0 + r, l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
+      const char* src =
+          static_cast<const char*>(c.q) + (it_.b * c.q_stride[0] + h * c.q_stride[1] + l * c.q_stride[2]) * kSize;
+      src = contiguous_row<kSize>(src, c.q_stride[3], c.E, buffer_);
+      for (int64_t e = 0; e < width_; e += N) {
+        const F x = V::template load_part<DT>(src + e * kSize, static_cast<int>(smaller(N, c.E - e)));
+        V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
+      }
+      if (c.E < width_) std::memset(q_ + r * width_ + c.E, 0, static_cast<size_t>(width_ - c.E) * 4);
+    }
+    std::memset(o_, 0, static_cast<size_t>(rows_ * value_width_) * 4);
+  }
+
+  void block(const char* key, const char* value) {
+    if (!mask_block()) return;
+    if (c_.k_stride[3] == 1) {
+      score_block<DT>(key, c_.k_stride[2] * kSize);
+    } else {
+      widen_rows<V, DT>(key, c_.k_stride, count_, c_.E, k_, buffer_);
+      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4);
+    }
+    float alpha[N];
+    for (int64_t r = 0; r < rows_; ++r) alpha[r] = soften(r);
+    const bool wild = masked_ && !all_finite<V, DT>(value, c_.v_stride, count_, c_.Ev, buffer_);
+    if (!wild && c_.v_stride[3] == 1) {
+      value_block<DT>(value, c_.v_stride[2] * kSize, alpha);
+      return;
+    }
+    widen_rows<V, DT>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
+    if (wild) zero_wild(v_, count_ * c_.Ev);
+    value_block<THAL_F32>(reinterpret_cast<const char*>(v_), c_.Ev * 4, alpha);
+    if (wild) add_wild_values(value);
+  }
+
+  float* bias(int64_t r) { return scores_ + (rows_ + r) * kBlock; }
+
+  // Fills the biases of the block where a mask or the causal limit matters; false when no row sees any key.
+  bool mask_block() {
+    masked_ = c_.mask_kind != THAL_MASK_NONE || row_limit(p_, it_.row0) < key0_ + count_;
+    if (!masked_) return true;
+    bool live = false;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t size = mask_size(c_.mask_kind), limit = row_limit(p_, it_.row0 + r) - key0_;
+      const char* mask = mask_row(p_, it_, it_.row0 + r) + key0_ * c_.mask_stride[3] * size;
+      for (int64_t j = 0; j < kBlock; j += N) {
+        F x = V::zero();
+        const int w = static_cast<int>(smaller(N, larger(0, count_ - j)));
+        if (c_.mask_kind != THAL_MASK_NONE && w > 0)
+          x = load_mask_strided<V>(c_.mask_kind, mask + j * c_.mask_stride[3] * size, c_.mask_stride[3], w);
+        V::store(bias(r) + j, x);
+      }
+      for (int64_t j = larger(0, smaller(limit, count_)); j < kBlock; ++j) bias(r)[j] = -kInf;
+      for (int64_t j = 0; j < kBlock; j += N) live |= V::any_other(V::load(bias(r) + j), V::set1(-kInf));
+    }
+    return live;
+  }
+
+  template <int T>
+  void score_block(const char* key, int64_t stride) {
+    int64_t r = 0;
+    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride);
+    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride);
+    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride);
+  }
+
+  template <int T, int R>
+  void score_rows_of(int64_t r, const char* key, int64_t stride) {
+    int64_t j = 0;
+    for (; j + 4 <= count_; j += 4) dots<T, R, 4>(r, j, key + j * stride, stride);
+    for (; j < count_; ++j) dots<T, R, 1>(r, j, key + j * stride, stride);
+  }
+
+  template <int T, int R, int K>
+  void dots(int64_t r0, int64_t j0, const char* key, int64_t stride) {
+    F acc[R][K];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < K; ++j) acc[r][j] = V::zero();
+    const float* q = q_ + r0 * width_;
+    const auto step = [&](int64_t e, auto load) {
+      F k[K];
+      for (int j = 0; j < K; ++j) {
+        if (r0 == 0) fetch_next_block(key + j * stride, stride, e * size_of<T>());
+        k[j] = load(key + j * stride + e * size_of<T>());
+      }
+      for (int r = 0; r < R; ++r) {
+        const F x = V::load(q + r * width_ + e);
+        for (int j = 0; j < K; ++j) acc[r][j] = V::fma(x, k[j], acc[r][j]);
+      }
+    };
+    int64_t e = 0;
+    for (; e + N <= c_.E; e += N) step(e, [](const char* p) { return V::template load_as<T>(p); });
+    const int rest = static_cast<int>(c_.E - e);
+    if (rest) step(e, [rest](const char* p) { return V::template load_part<T>(p, rest); });
+    for (int r = 0; r < R; ++r) {
+      float* s = scores_ + (r0 + r) * kBlock + j0;
+      if constexpr (K == 4) {
+        _mm_storeu_ps(s, V::reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
+      } else {
+        s[0] = V::reduce_add(acc[r][0]);
+      }
+    }
+  }
+
+  // Scores of row r to weights; returns the factor for what was summed before.
+  float soften(int64_t r) {
+    float* s = scores_ + r * kBlock;
+    for (int64_t j = count_; j < kBlock; ++j) s[j] = -kInf;
+    F top = V::set1(-kInf);
+    for (int64_t j = 0; j < kBlock; j += N) {
+      F x = V::load(s + j);
+      if (masked_) x = V::add_bias(x, V::set1(p_.score_factor), V::load(bias(r) + j));
+      V::store(s + j, x);
+      top = V::max(top, x);
+    }
+    const float block_max = V::reduce_max(top);
+    const float now = max_[r] > block_max ? max_[r] : block_max;
+    const F safe = V::finite_max(V::set1(now)), factor = V::set1(p_.exp_factor);
+    F total = V::zero();
+    for (int64_t j = 0; j < kBlock; j += N) {
+      const F w = V::exp2(V::mul(V::sub(V::load(s + j), safe), factor));
+      total = V::add(total, w);
+      V::store(s + j, w);
+    }
+    alignas(64) float fade[N];
+    V::store(fade, V::exp2(V::mul(V::sub(V::set1(max_[r]), safe), factor)));
+    max_[r] = now;
+    sum_[r] = sum_[r] * fade[0] + V::reduce_add(total);
+    return fade[0];
+  }
+
+  template <int T>
+  void value_block(const char* value, int64_t stride, const float* alpha) {
+    for (int64_t e = 0; e < c_.Ev; e += 4 * N) {
+      const int64_t left = c_.Ev - e;
+      int64_t r = 0;
+      for (; r + 4 <= rows_; r += 4) value_chunk<T, 4>(r, e, left, value, stride, alpha);
+      for (; r + 2 <= rows_; r += 2) value_chunk<T, 2>(r, e, left, value, stride, alpha);
+      for (; r < rows_; ++r) value_chunk<T, 1>(r, e, left, value, stride, alpha);
+    }
+  }
+
+  template <int T, int R>
+  void value_chunk(int64_t r, int64_t e, int64_t left, const char* value, int64_t stride, const float* alpha) {
+    if (left >= 4 * N) {
+      add_columns<T, R, 4>(r, e, value, stride, alpha, [](const char* p) { return V::template load_as<T>(p); });
+      return;
+    }
+    for (; left > 0; left -= N, e += N) {
+      const int w = static_cast<int>(smaller(N, left));
+      add_columns<T, R, 1>(r, e, value, stride, alpha, [w](const char* p) { return V::template load_part<T>(p, w); });
+    }
+  }
+
+  template <int T, int R, int C, class Load>
+  void add_columns(int64_t r0, int64_t e, const char* value, int64_t stride, const float* alpha, Load load) {
+    F acc[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
+    value += e * size_of<T>();
+    const float* s = scores_ + r0 * kBlock;
+    for (int64_t j = 0; j < count_; ++j, value += stride) {
+      F v[C];
+      for (int c = 0; c < C; ++c) {
+        if (r0 == 0) fetch_next_block(value, stride, c * N * size_of<T>());
+        v[c] = load(value + c * N * size_of<T>());
+      }
+      for (int r = 0; r < R; ++r) {
+        const F w = V::set1(s[r * kBlock + j]);
+        for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, v[c], acc[r][c]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) {
+        float* o = o_ + (r0 + r) * value_width_ + e + c * N;
+        V::store(o, V::fma(V::load(o), V::set1(alpha[r0 + r]), acc[r][c]));
+      }
+  }
+
+  // What zero_wild took out, for the rows that do see the key.
+  void add_wild_values(const char* value) {
+    for (int64_t j = 0; j < count_; ++j)
+      for (int64_t e = 0; e < c_.Ev; ++e) {
+        const float x = scalar_as_float<V, DT>(value + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        if (is_finite(x)) continue;
+        for (int64_t r = 0; r < rows_; ++r)
+          if (bias(r)[j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + j] * x;
+      }
+  }
+
+  void finish(int64_t r) {
+    emit_state(p_, it_, r, max_[r], sum_[r]);
+    const F scale = p_.splits > 1 ? V::set1(1.0f) : V::inverse_or_zero(V::set1(sum_[r]));
+    for (int64_t e = 0; e < c_.Ev; e += N) {
+      const int w = static_cast<int>(smaller(N, c_.Ev - e));
+      emit_columns<V, DT>(p_, it_, r, e, V::mul(V::load(o_ + r * value_width_ + e), scale), w);
+    }
+  }
+};
+
+template <class V, int DT>
+void run_rows(const Plan& p, const Item& it, char* scratch) {
+  Rows<V, DT>(p, it, scratch).run();
+}
+
+}  // namespace

@@ -1,0 +1,284 @@
+// Attention for tiles of query rows, flash style: a tile of up to `tile_rows` query rows, in panels whose rows are the
+// vector lanes, meets the keys block by block with an online softmax.
+#pragma once
+
+#include "emit.hpp"
+#include "gemm.hpp"
+#include "mask.hpp"
+
+namespace {
+
+enum class Partial { kNone, kCausal, kBias };
+
+template <class V, int DT, bool PAIRS, int NQ>
+class Tile {
+  using F = typename V::F;
+  static constexpr int W = NQ * V::N;
+  static constexpr int64_t kSize = size_of<DT>();
+
+  const Plan& p_;
+  const Item& it_;
+  const thal_attention& c_;
+  int64_t panels_, words_;
+  float *q_, *o_, *k_, *v_, *clean_, *scores_, *bias_, *max_, *sum_;
+  int32_t* limit_;
+  char* buffer_;
+  const char *key_base_, *value_base_;
+  // The block at hand.
+  int64_t key0_, count_;
+  const char *keys_, *values_;
+  int64_t key_stride_, value_stride_;
+  bool loaded_;
+  int finite_;  // are the block's values finite: -1 unknown, else 0 or 1
+
+ public:
+  Tile(const Plan& p, const Item& it, char* scratch) : p_(p), it_(it), c_(p.call) {
+    const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
+    q_ = floats(p.at_q), o_ = floats(p.at_o), k_ = floats(p.at_k), v_ = floats(p.at_v), clean_ = floats(p.at_clean);
+    scores_ = floats(p.at_scores), bias_ = floats(p.at_bias), max_ = floats(p.at_max), sum_ = floats(p.at_sum);
+    limit_ = reinterpret_cast<int32_t*>(scratch + p.at_limit);
+    buffer_ = scratch + p.at_rows;
+    panels_ = (it.rows + W - 1) / W;
+    words_ = PAIRS ? (c_.E + 1) / 2 : c_.E;
+    key_base_ = static_cast<const char*>(c_.k) + (it.b * c_.k_stride[0] + it.kv_head * c_.k_stride[1]) * kSize;
+    value_base_ = static_cast<const char*>(c_.v) + (it.b * c_.v_stride[0] + it.kv_head * c_.v_stride[1]) * kSize;
+  }
+
+  void run() {
+    start();
+    const int64_t end = smaller(it_.key1, limit_[it_.rows - 1]);
+    for (int64_t key = it_.key0; key < end; key += thal::kKeyBlock) {
+      key0_ = key;
+      count_ = smaller(thal::kKeyBlock, end - key);
+      loaded_ = false;
+      finite_ = -1;
+      for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) finish(panel);
+  }
+
+ private:
+  void start() {
+    const int64_t last = it_.row0 + it_.rows - 1;
+    for (int64_t i = 0; i < panels_ * W; ++i) {
+      max_[i] = -kInf;
+      sum_[i] = 0.0f;
+      limit_[i] = static_cast<int32_t>(row_limit(p_, smaller(it_.row0 + i, last)));
+    }
+    for (int64_t i = 0; i < panels_; ++i)
+      pack_query<V, DT, PAIRS, NQ>(p_, it_, it_.row0 + i * W, q_ + i * words_ * W, buffer_);
+    std::memset(o_, 0, static_cast<size_t>(panels_ * W * c_.Ev) * 4);
+  }
+
+  // Twelve rows are read at a time. Rows a multiple of 4 KB apart all map to the same few lines of the L1 cache.
+  static bool in_place(const int64_t* stride) {
+    const int64_t bytes = stride[2] * kSize;
+    return stride[3] == 1 && bytes >= 0 && bytes <= 16384 && bytes % 4096 != 0;
+  }
+
+  void load_block() {
+    loaded_ = true;
+    const char* key = key_base_ + key0_ * c_.k_stride[2] * kSize;
+    const char* value = value_base_ + key0_ * c_.v_stride[2] * kSize;
+    const bool direct = PAIRS ? c_.E % 2 == 0 : DT == THAL_F32;
+    keys_ = key, key_stride_ = c_.k_stride[2] * kSize;
+    if (!direct || !in_place(c_.k_stride)) {
+      if constexpr (PAIRS) {
+        copy_pair_rows(key, c_.k_stride, count_, c_.E, words_, reinterpret_cast<char*>(k_));
+      } else {
+        widen_rows<V, DT>(key, c_.k_stride, count_, c_.E, k_, buffer_);
+      }
+      keys_ = reinterpret_cast<const char*>(k_), key_stride_ = words_ * 4;
+    }
+    values_ = value, value_stride_ = c_.v_stride[2] * kSize;
+    if constexpr (PAIRS) {
+      zip_value_rows<V>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
+    } else if (DT != THAL_F32 || !in_place(c_.v_stride)) {
+      widen_rows<V, DT>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
+    } else {
+      return;
+    }
+    values_ = reinterpret_cast<const char*>(v_), value_stride_ = c_.Ev * 4;
+  }
+
+  void advance(int64_t panel) {
+    const int32_t* limit = limit_ + panel * W;
+    const int64_t visible = limit[W - 1] - key0_;
+    const int64_t n = smaller(count_, visible);
+    if (n <= 0) return;
+    Partial partial = limit[0] < key0_ + n ? Partial::kCausal : Partial::kNone;
+    if (c_.mask_kind != THAL_MASK_NONE) {
+      const Cover cover = fill_bias<V, NQ>(p_, it_, it_.row0 + panel * W, limit, key0_, n, bias_);
+      if (cover == Cover::kHidden) return;
+      partial = cover == Cover::kOpen && c_.mask_kind == THAL_MASK_BOOL ? Partial::kNone : Partial::kBias;
+    }
+    if (!loaded_) load_block();
+    alignas(64) float top[W], alpha[W];
+    scores<V, PAIRS, NQ>(keys_, key_stride_, n, q_ + panel * words_ * W, words_, scores_, top);
+    switch (partial) {
+      case Partial::kNone:
+        soften<Partial::kNone>(panel, n, top, alpha);
+        break;
+      case Partial::kCausal:
+        soften<Partial::kCausal>(panel, n, top, alpha);
+        break;
+      case Partial::kBias:
+        soften<Partial::kBias>(panel, n, top, alpha);
+        break;
+    }
+    add_values(panel, n, alpha, partial);
+  }
+
+  // Scores to weights in place (bf16 pairs of keys where the product wants them), with the running maximum and sum.
+  template <Partial P>
+  void soften(int64_t panel, int64_t n, const float* unmasked_top, float* alpha) {
+    const F exp_factor = V::set1(p_.exp_factor);
+    for (int q = 0; q < NQ; ++q) {
+      float* s = scores_ + q * V::N;
+      const F top = P == Partial::kNone ? V::load(unmasked_top + q * V::N) : mask_scores<P>(panel, n, q);
+      float* state = max_ + panel * W + q * V::N;
+      const F old = V::load(state), now = V::max(old, top), safe = V::finite_max(now);
+      V::store(state, now);
+      const F fade = V::exp2(V::mul(V::sub(old, safe), exp_factor));
+      V::store(alpha + q * V::N, fade);
+      const F total = weigh(s, n, safe, exp_factor);
+      float* sum = sum_ + panel * W + q * V::N;
+      V::store(sum, V::fma(V::load(sum), fade, total));
+    }
+  }
+
+  // Puts -inf where a key may not be seen, adds biases, and returns the maxima.
+  template <Partial P>
+  F mask_scores(int64_t panel, int64_t n, int q) {
+    float* s = scores_ + q * V::N;
+    const auto limit = V::load_int(limit_ + panel * W + q * V::N);
+    const F factor = V::set1(p_.score_factor);
+    F top = V::set1(-kInf);
+    for (int64_t j = 0; j < n; ++j) {
+      F x = V::load(s + j * W);
+      if constexpr (P == Partial::kCausal) {
+        x = V::keep_below(x, limit, static_cast<int32_t>(key0_ + j));
+      } else {
+        x = V::add_bias(x, factor, V::load(bias_ + j * W + q * V::N));
+      }
+      V::store(s + j * W, x);
+      top = V::max(top, x);
+    }
+    return top;
+  }
+
+  // The difference is taken before scaling: near the maximum it is exact, whatever the size of the logits.
+  F weigh(float* s, int64_t n, F safe, F exp_factor) {
+    const auto weight = [&](int64_t j) { return V::exp2(V::mul(V::sub(V::load(s + j * W), safe), exp_factor)); };
+    F even = V::zero(), odd = V::zero();
+    int64_t j = 0;
+    for (; j + 2 <= n; j += 2) {
+      const F a = weight(j), b = weight(j + 1);
+      even = V::add(even, a), odd = V::add(odd, b);
+      store_weights(s, j, a, b);
+    }
+    if (j < n) {
+      const F a = weight(j);
+      even = V::add(even, a);
+      if constexpr (PAIRS) {
+        V::store(s + j / 2 * W, V::bf16_pairs(a, V::zero()));
+      } else {
+        V::store(s + j * W, a);
+      }
+    }
+    return V::add(even, odd);
+  }
+
+  static void store_weights(float* s, int64_t j, F a, F b) {
+    if constexpr (PAIRS) {
+      V::store(s + j / 2 * W, V::bf16_pairs(a, b));  // row j / 2 has been read already
+    } else {
+      V::store(s + j * W, a);
+      V::store(s + (j + 1) * W, b);
+    }
+  }
+
+  void add_values(int64_t panel, int64_t n, const float* alpha, Partial partial) {
+    float* o = o_ + panel * W * c_.Ev;
+    const int64_t depth = PAIRS ? (n + 1) / 2 : n;
+    const char* source = value_base_ + key0_ * c_.v_stride[2] * kSize;
+    // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour.
+    const bool exposed = partial != Partial::kNone || (PAIRS && n % 2 != 0 && n != count_);
+    if (exposed && finite_ < 0) finite_ = all_finite<V, DT>(source, c_.v_stride, count_, c_.Ev, buffer_);
+    if (!exposed || finite_ == 1) {
+      weighted_values<V, PAIRS, NQ>(values_, value_stride_, c_.Ev, scores_, depth, o, alpha);
+      return;
+    }
+    load_clean_values(source);
+    weighted_values<V, PAIRS, NQ>(reinterpret_cast<const char*>(clean_), c_.Ev * 4, c_.Ev, scores_, depth, o, alpha);
+    add_wild_values(source, panel, n, o, partial);
+  }
+
+  // The block's values with 0 in place of what is not finite, see zero_wild.
+  void load_clean_values(const char* source) {
+    if constexpr (PAIRS) {
+      zip_value_rows<V>(source, c_.v_stride, count_, c_.Ev, clean_, buffer_);
+      auto* words = reinterpret_cast<uint16_t*>(clean_);
+      for (int64_t i = 0; i < (count_ + 1) / 2 * c_.Ev * 2; ++i)
+        if ((words[i] & 0x7f80) == 0x7f80) words[i] = 0;
+    } else {
+      widen_rows<V, DT>(source, c_.v_stride, count_, c_.Ev, clean_, buffer_);
+      zero_wild(clean_, count_ * c_.Ev);
+    }
+  }
+
+  // What load_clean_values left out, for the rows that do see the key.
+  void add_wild_values(const char* source, int64_t panel, int64_t n, float* o, Partial partial) {
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t e = 0; e < c_.Ev; ++e) {
+        const float x = scalar_as_float<V, DT>(source + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        if (is_finite(x)) continue;
+        for (int lane = 0; lane < W; ++lane)
+          if (live(panel, j, lane, partial)) o[e * W + lane] += weight_at(j, lane) * x;
+      }
+  }
+
+  bool live(int64_t panel, int64_t j, int lane, Partial partial) const {
+    if (partial == Partial::kBias) return bias_[j * W + lane] != -kInf;
+    return key0_ + j < limit_[panel * W + lane];
+  }
+
+  float weight_at(int64_t j, int lane) const {
+    if constexpr (PAIRS) {
+      uint32_t pair;
+      std::memcpy(&pair, scores_ + j / 2 * W + lane, 4);
+      return float_of_bits(j % 2 ? pair & 0xffff0000u : pair << 16);
+    } else {
+      return scores_[j * W + lane];
+    }
+  }
+
+  void finish(int64_t panel) {
+    const int64_t row0 = panel * W;
+    const float* o = o_ + panel * W * c_.Ev;
+    for (int64_t i = row0; i < smaller(row0 + W, it_.rows); ++i) emit_state(p_, it_, i, max_[i], sum_[i]);
+    for (int q = 0; q < NQ; ++q) {
+      const int64_t first = row0 + q * V::N;
+      const int64_t rows = smaller(V::N, it_.rows - first);
+      const F scale = p_.splits > 1 ? V::set1(1.0f) : V::inverse_or_zero(V::load(sum_ + first));
+      for (int64_t e = 0; e < c_.Ev && rows > 0; e += V::N) {
+        const int w = static_cast<int>(smaller(V::N, c_.Ev - e));
+        F t[V::N];
+        for (int i = 0; i < V::N; ++i) t[i] = i < w ? V::mul(V::load(o + (e + i) * W + q * V::N), scale) : V::zero();
+        V::transpose(t);
+        for (int64_t i = 0; i < rows; ++i) emit_columns<V, DT>(p_, it_, first + i, e, t[i], w);
+      }
+    }
+  }
+};
+
+template <class V, int DT, bool PAIRS>
+void run_tile(const Plan& p, const Item& it, char* scratch) {
+  if (p.panel == V::N) {
+    Tile<V, DT, PAIRS, 1>(p, it, scratch).run();
+  } else {
+    Tile<V, DT, PAIRS, 2>(p, it, scratch).run();
+  }
+}
+
+}  // namespace

@@ -1,0 +1,45 @@
+// Writing finished rows: normalised into the output tensor, or as they are into a partial result of a split call.
+#pragma once
+
+#include <math.h>
+
+#include "pack.hpp"
+
+namespace {
+
+// The partial result of one item: rows x Ev unnormalised sums, then per row its maximum and its sum of weights.
+inline float* partial_maxima(const Plan& p, int64_t item) { return p.partial(item) + p.tile_rows * p.call.Ev; }
+
+inline void emit_state(const Plan& p, const Item& it, int64_t i, float max, float sum) {
+  if (p.splits > 1) {
+    float* maxima = partial_maxima(p, it.index);
+    maxima[i] = max;
+    maxima[p.tile_rows + i] = sum;
+  } else if (p.call.lse) {
+    const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
+    const auto* s = p.call.lse_stride;
+    p.call.lse[it.b * s[0] + h * s[1] + l * s[2]] = sum == 0.0f ? -kInf : max * p.lse_factor + ::logf(sum);
+  }
+}
+
+// Columns [e, e + w) of row i. `x` is already normalised unless the call is split.
+template <class V, int DT>
+inline void emit_columns(const Plan& p, const Item& it, int64_t i, int64_t e, typename V::F x, int w) {
+  if (p.splits > 1) {
+    V::template store_part<THAL_F32>(p.partial(it.index) + i * p.call.Ev + e, x, w);
+    return;
+  }
+  constexpr int64_t size = size_of<DT>();
+  const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
+  const auto* s = p.call.out_stride;
+  char* out = static_cast<char*>(p.call.out) + (it.b * s[0] + h * s[1] + l * s[2] + e * s[3]) * size;
+  if (s[3] == 1) {
+    V::template store_part<DT>(out, x, w);
+    return;
+  }
+  alignas(64) char line[V::N * 4];
+  V::template store_part<DT>(line, x, w);
+  for (int j = 0; j < w; ++j) std::memcpy(out + j * s[3] * size, line + j * size, static_cast<size_t>(size));
+}
+
+}  // namespace

@@ -1,0 +1,12 @@
+// Kernels for AVX2, FMA and F16C.
+#include "vec_avx2.hpp"
+// The vector class comes first: the templates below are written against it.
+#include "isa_table.hpp"
+
+const thal::Isa thal::kAvx2 = {
+    Vec256::N,
+    false,
+    {run_tile<Vec256, THAL_F32, false>, run_tile<Vec256, THAL_BF16, false>, run_tile<Vec256, THAL_F16, false>},
+    {run_rows<Vec256, THAL_F32>, run_rows<Vec256, THAL_BF16>, run_rows<Vec256, THAL_F16>},
+    fma_flops<Vec256>,
+};

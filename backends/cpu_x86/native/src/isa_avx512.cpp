@@ -1,0 +1,12 @@
+// Kernels for AVX-512 F, BW, VL and DQ; 16-bit inputs are widened to float32.
+#include "vec_avx512.hpp"
+// The vector class comes first: the templates below are written against it.
+#include "isa_table.hpp"
+
+const thal::Isa thal::kAvx512 = {
+    Vec512::N,
+    false,
+    {run_tile<Vec512, THAL_F32, false>, run_tile<Vec512, THAL_BF16, false>, run_tile<Vec512, THAL_F16, false>},
+    {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>},
+    fma_flops<Vec512>,
+};

@@ -1,0 +1,12 @@
+// Kernels for AVX-512 with VDPBF16PS: bf16 tiles multiply pairs, everything else is as in isa_avx512.cpp.
+#include "vec_avx512.hpp"
+// The vector class comes first: the templates below are written against it.
+#include "isa_table.hpp"
+
+const thal::Isa thal::kAvx512Bf16 = {
+    Vec512::N,
+    true,
+    {run_tile<Vec512, THAL_F32, false>, run_tile<Vec512, THAL_BF16, true>, run_tile<Vec512, THAL_F16, false>},
+    {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>},
+    fma_flops<Vec512>,
+};

@@ -1,0 +1,172 @@
+// Moving operands between their strided home and the layouts the kernels read.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "plan.hpp"
+
+namespace {
+
+using thal::Item;
+using thal::Plan;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <int DT>
+constexpr int64_t size_of() {
+  return DT == THAL_F32 ? 4 : 2;
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+template <class V, int DT>
+inline float scalar_as_float(const char* p) {
+  if constexpr (DT == THAL_F32) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
+  } else {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    if constexpr (DT == THAL_BF16) return float_of_bits(static_cast<uint32_t>(h) << 16);
+    return _cvtsh_ss(h);
+  }
+}
+
+// A row with elements `stride` apart as a contiguous one: itself, or its copy in `buffer`.
+template <int64_t SIZE>
+inline const char* contiguous_row(const char* row, int64_t stride, int64_t n, char* buffer) {
+  if (stride == 1) return row;
+  for (int64_t i = 0; i < n; ++i) std::memcpy(buffer + i * SIZE, row + i * stride * SIZE, SIZE);
+  return buffer;
+}
+
+// n rows widened to contiguous float32 rows of `columns`.
+template <class V, int DT>
+void widen_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, float* dst, char* buffer) {
+  constexpr int64_t size = size_of<DT>();
+  for (int64_t j = 0; j < n; ++j, dst += columns) {
+    const char* row = contiguous_row<size>(src + j * stride[2] * size, stride[3], columns, buffer);
+    int64_t e = 0;
+    for (; e + V::N <= columns; e += V::N) V::store(dst + e, V::template load_as<DT>(row + e * size));
+    if (e < columns) {
+      const int rest = static_cast<int>(columns - e);
+      V::template store_part<THAL_F32>(dst + e, V::template load_part<DT>(row + e * size, rest), rest);
+    }
+  }
+}
+
+// n bf16 rows copied into rows of `pairs` 32-bit words, an odd last column padded with zero.
+inline void copy_pair_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, int64_t pairs, char* dst) {
+  for (int64_t j = 0; j < n; ++j, dst += pairs * 4) {
+    const char* row = src + j * stride[2] * 2;
+    if (columns & 1) std::memset(dst + columns * 2, 0, 2);
+    if (stride[3] == 1) {
+      std::memcpy(dst, row, static_cast<size_t>(columns) * 2);
+    } else {
+      contiguous_row<2>(row, stride[3], columns, dst);
+    }
+  }
+}
+
+// bf16 rows 2i and 2i + 1 interleaved into one row of `columns` 32-bit words; a missing last row counts as zero.
+template <class V>
+void zip_value_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, float* dst, char* buffer) {
+  for (int64_t j = 0; j < n; j += 2, dst += columns) {
+    const char* a = contiguous_row<2>(src + j * stride[2] * 2, stride[3], columns, buffer);
+    const char* b =
+        j + 1 < n ? contiguous_row<2>(src + (j + 1) * stride[2] * 2, stride[3], columns, buffer + columns * 2) : nullptr;
+    for (int64_t e = 0; e < columns; e += V::N) {
+      const int w = static_cast<int>(smaller(V::N, columns - e));
+      const auto words = V::zip_rows(a + e * 2, b ? b + e * 2 : nullptr, w);
+      V::template store_part<THAL_F32>(dst + e, words, w);
+    }
+  }
+}
+
+template <class V, int DT>
+bool all_finite(const char* src, const int64_t* stride, int64_t n, int64_t columns, char* buffer) {
+  constexpr int64_t size = size_of<DT>();
+  typename V::F seen = V::zero();  // x * 0 is NaN exactly for infinities and NaN
+  for (int64_t j = 0; j < n; ++j) {
+    const char* row = contiguous_row<size>(src + j * stride[2] * size, stride[3], columns, buffer);
+    for (int64_t e = 0; e < columns; e += V::N) {
+      const int w = static_cast<int>(smaller(V::N, columns - e));
+      seen = V::fma(V::template load_part<DT>(row + e * size, w), V::zero(), seen);
+    }
+  }
+  return !V::any_nan(seen);
+}
+
+inline bool is_finite(float x) { return x - x == 0.0f; }
+
+// 0 in place of what is not finite: 0 * NaN must not reach a row for which the key is masked.
+inline void zero_wild(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!is_finite(x[i])) x[i] = 0.0f;
+}
+
+// Words k .. k + N of one query row, multiplied by `factor` (1, -1, or a scale that is 0 or not finite: exact in bf16).
+template <class V, int DT, bool PAIRS>
+inline typename V::F query_words(const char* row, int64_t k, int64_t columns, float factor) {
+  const typename V::F f = V::set1(factor);
+  if constexpr (!PAIRS) {
+    const int w = static_cast<int>(smaller(V::N, columns - k));
+    return V::mul(V::template load_part<DT>(row + k * size_of<DT>(), w), f);
+  } else {
+    if (columns % 2 == 0 && (factor == 1.0f || factor == -1.0f)) {
+      const typename V::F pairs = V::load_words(row + k * 4, static_cast<int>(smaller(V::N, columns / 2 - k)));
+      return factor < 0 ? V::negate_pairs(pairs) : pairs;
+    }
+    alignas(64) uint32_t words[V::N];
+    for (int i = 0; i < V::N; ++i) {
+      uint16_t pair[2] = {0, 0};
+      for (int h = 0; h < 2; ++h) {
+        const int64_t e = 2 * (k + i) + h;
+        if (e >= columns) continue;
+        const float x = scalar_as_float<V, DT>(row + e * 2) * factor;
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        pair[h] = static_cast<uint16_t>(bits >> 16);
+      }
+      words[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+    }
+    return V::load(reinterpret_cast<const float*>(words));
+  }
+}
+
+// One panel of packed query: words[k * NQ * N + lane] is row (row0 + lane), float32 column k or bf16 columns 2k, 2k + 1.
+// Rows past the end are zero.
+template <class V, int DT, bool PAIRS, int NQ>
+void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char* buffer) {
+  constexpr int64_t size = size_of<DT>();
+  const auto& c = p.call;
+  const int64_t words = PAIRS ? (c.E + 1) / 2 : c.E;
+  const char* base = static_cast<const char*>(c.q) + it.b * c.q_stride[0] * size;
+  for (int half = 0; half < NQ; ++half) {
+    const char* rows[V::N];
+    for (int i = 0; i < V::N; ++i) {
+      const int64_t r = row0 + half * V::N + i;
+      rows[i] = nullptr;
+      if (r >= it.row0 + it.rows) continue;
+      const int64_t l = r / p.group, h = it.kv_head * p.group + r % p.group;
+      const char* row = base + (h * c.q_stride[1] + l * c.q_stride[2]) * size;
+      rows[i] = contiguous_row<size>(row, c.q_stride[3], c.E, buffer + i * (c.E + 1) * size);
+    }
+    for (int64_t k = 0; k < words; k += V::N) {
+      typename V::F t[V::N];
+      for (int i = 0; i < V::N; ++i) t[i] = rows[i] ? query_words<V, DT, PAIRS>(rows[i], k, c.E, p.query_factor) : V::zero();
+      V::transpose(t);
+      const int w = static_cast<int>(smaller(V::N, words - k));
+      for (int i = 0; i < w; ++i) V::store(panel + ((k + i) * NQ + half) * V::N, t[i]);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,44 @@
+// The part of torch's stable C shim used here, resolved at run time: no torch header and no link to libtorch, so one
+// build serves every torch release that has these symbols (torch/csrc/stable/c/shim.h, since torch 2.10).
+#pragma once
+
+#include <cstdint>
+
+namespace thal {
+
+using Tensor = void*;   // AtenTensorHandle
+using Library = void*;  // TorchLibraryHandle
+using Kernel = void (*)(uint64_t* stack, uint64_t inputs, uint64_t outputs);
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
+
+// X(field, return type, argument types, symbol). Functions returning int32_t give 0 for success unless they are getters.
+#define THAL_TORCH_SYMBOLS(X)                                                                                         \
+  X(new_fragment, int32_t, (const char*, const char*, uint32_t, Library*), aoti_torch_library_init_fragment)          \
+  X(new_impl, int32_t, (const char*, const char*, const char*, uint32_t, Library*), aoti_torch_library_init_impl)     \
+  X(define, int32_t, (Library, const char*), aoti_torch_library_def)                                                  \
+  X(implement, int32_t, (Library, const char*, Kernel, uint64_t), torch_library_impl)                                 \
+  X(dim, int32_t, (Tensor, int64_t*), aoti_torch_get_dim)                                                             \
+  X(sizes, int32_t, (Tensor, int64_t**), aoti_torch_get_sizes)                                                        \
+  X(strides, int32_t, (Tensor, int64_t**), aoti_torch_get_strides)                                                    \
+  X(dtype, int32_t, (Tensor, int32_t*), aoti_torch_get_dtype)                                                         \
+  X(device_type, int32_t, (Tensor, int32_t*), aoti_torch_get_device_type)                                             \
+  X(data, int32_t, (Tensor, void**), aoti_torch_get_data_ptr)                                                         \
+  X(empty, int32_t, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Tensor*),                    \
+    aoti_torch_empty_strided)                                                                                         \
+  X(release, int32_t, (Tensor), aoti_torch_delete_tensor_object)                                                      \
+  X(check, void, (bool, const char*, const char*, uint32_t, const char*), aoti_torch_check)                           \
+  X(parallel_for, int32_t, (int64_t, int64_t, int64_t, ParallelBody, void*), torch_parallel_for)                      \
+  X(num_threads, int32_t, (uint32_t*), torch_get_num_threads)                                                         \
+  X(cpu, int32_t, (), aoti_torch_device_type_cpu)                                                                     \
+  X(float32, int32_t, (), aoti_torch_dtype_float32)                                                                   \
+  X(bfloat16, int32_t, (), aoti_torch_dtype_bfloat16)                                                                 \
+  X(float16, int32_t, (), aoti_torch_dtype_float16)                                                                   \
+  X(boolean, int32_t, (), aoti_torch_dtype_bool)
+
+struct TorchShim {
+#define THAL_FIELD(field, result, arguments, symbol) result(*field) arguments;
+  THAL_TORCH_SYMBOLS(THAL_FIELD)
+#undef THAL_FIELD
+};
+
+}  // namespace thal

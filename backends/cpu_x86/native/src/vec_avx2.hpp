@@ -1,0 +1,163 @@
+// Vector operations on 8 float32 lanes (AVX2, FMA, F16C).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "torchhal_cpu_x86.h"
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Vec256 {
+  static constexpr int N = 8;
+  // 6 rows x 2 vectors = 12 accumulators, 2 panel vectors and one broadcast: 15 of 16 registers.
+  static constexpr int kRows = 6;
+  using F = __m256;
+  using I = __m256i;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static float reduce_add(F x) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+  }
+  // Sums of four vectors.
+  static __m128 reduce4(F a, F b, F c, F d) {
+    const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  }
+  static float reduce_max(F x) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+  }
+  static F broadcast32(const char* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }
+
+  static I first(int n) {
+    alignas(32) static const int32_t table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+    return _mm256_loadu_si256(reinterpret_cast<const I*>(table + 8 - n));
+  }
+  static F load_words(const void* p, int n) { return _mm256_maskload_ps(static_cast<const float*>(p), first(n)); }
+
+  // Reads exactly n 16-bit values: AVX2 has no masked 16-bit load, and reading past the end may fault.
+  static __m128i load_half(const void* p, int n) {
+    if (n == 8) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+    alignas(16) uint16_t buffer[8] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(n) * 2);
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+  }
+  template <int DT>
+  static F widen(__m128i h) {
+    if (DT == THAL_F16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+  template <int DT>
+  static F load_as(const void* p) {
+    if (DT == THAL_F32) return load(static_cast<const float*>(p));
+    return widen<DT>(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  template <int DT>
+  static F load_part(const void* p, int n) {
+    if (DT == THAL_F32) return load_words(p, n);
+    return widen<DT>(load_half(p, n));
+  }
+  static __m128i round_bf16(F x) {
+    const I bits = _mm256_castps_si256(x);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    I r = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+  template <int DT>
+  static void store_part(void* p, F x, int n) {
+    if (DT == THAL_F32) {
+      _mm256_maskstore_ps(static_cast<float*>(p), first(n), x);
+      return;
+    }
+    const __m128i h = DT == THAL_BF16 ? round_bf16(x) : _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+    if (n == 8) {
+      _mm_storeu_si128(static_cast<__m128i*>(p), h);
+      return;
+    }
+    alignas(16) uint16_t buffer[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(buffer), h);
+    std::memcpy(p, buffer, static_cast<size_t>(n) * 2);
+  }
+  static F load_bool(const uint8_t* p, int n) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
+    const I words = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+    const I off = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+    return _mm256_and_ps(_mm256_castsi256_ps(off), set1(-kInf));
+  }
+
+  // 2^t for t <= 0 (or NaN), the polynomial of Vec512::exp2. Results below 2^-126 become 0: beside a largest
+  // weight of 1 they cannot be seen. The operand order of max keeps NaN.
+  static F exp2(F t) {
+    t = _mm256_max_ps(set1(-127.0f), t);
+    const F n = _mm256_floor_ps(t);
+    const F r = sub(t, n);
+    F p = set1(1.867130496e-03f);
+    p = fma(p, r, set1(9.017029415e-03f));
+    p = fma(p, r, set1(5.579991376e-02f));
+    p = fma(p, r, set1(2.401644500e-01f));
+    p = fma(p, r, set1(6.931513118e-01f));
+    p = fma(p, r, set1(1.0f));
+    const I power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return mul(p, _mm256_castsi256_ps(power));
+  }
+
+  static I load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static F keep_below(F x, I limit, int32_t key) {
+    const I keep = _mm256_cmpgt_epi32(limit, _mm256_set1_epi32(key));
+    return _mm256_blendv_ps(set1(-kInf), x, _mm256_castsi256_ps(keep));
+  }
+  static F add_bias(F s, F factor, F bias) {
+    const F inf = set1(-kInf);
+    return _mm256_blendv_ps(fma(s, factor, bias), inf, _mm256_cmp_ps(bias, inf, _CMP_EQ_OQ));
+  }
+  static F finite_max(F m) { return _mm256_andnot_ps(_mm256_cmp_ps(m, set1(-kInf), _CMP_EQ_OQ), m); }
+  static bool any_other(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0; }
+  static F or_bits(F a, F b) { return _mm256_or_ps(a, b); }
+  static F xor_bits(F a, F b) { return _mm256_xor_ps(a, b); }
+  static bool any_bits(F a) { return !_mm256_testz_si256(_mm256_castps_si256(a), _mm256_castps_si256(a)); }
+  static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+  static F inverse_or_zero(F sum) {
+    return _mm256_and_ps(_mm256_cmp_ps(sum, zero(), _CMP_NEQ_UQ), div(set1(1.0f), sum));
+  }
+
+  static void transpose(F r[8]) {
+    F t[8];
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+      r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+      r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+      r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+      t[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+};
+
+}  // namespace

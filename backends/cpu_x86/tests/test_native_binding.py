@@ -1,0 +1,181 @@
+"""The native library as torch and Python see it: operators, errors, threads, choice of instruction sets."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from native_cases import DTYPES, LIBRARY, OPS, SETS, Tensor, inputs, respread
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchhal_cpu_x86 import native
+
+
+@pytest.mark.parametrize("lse", ["", "_lse"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_operators_pass_opcheck(masked: bool, swapped: bool, lse: str) -> None:
+    tensors = inputs(2, 4, 2, 5, 7, 16, 8, torch.float32)
+    if swapped:
+        tensors = tuple(respread(x, "swapped") for x in tensors)  # type: ignore[assignment]
+    mask = (torch.ones(1, 1, 5, 7, dtype=torch.bool),) if masked else ()
+    name = ("masked_" if masked else "") + "attention" + lse
+    torch.library.opcheck(getattr(OPS, name).default, (*tensors, *mask, True, 0.25))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2, 5, 7, 16, 8), (1, 1, 1, 1, 1, 1, 1), (0, 4, 2, 5, 7, 16, 8), (2, 4, 2, 0, 7, 16, 8)]
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_output_strides_follow_the_query_and_the_fake_agrees(shape: tuple[int, ...], swapped: bool) -> None:
+    batch, heads, kv_heads, length, keys, e, ev = shape
+    tensors = inputs(batch, heads, kv_heads, length, keys, e, ev, torch.bfloat16)
+    if swapped:
+        tensors = tuple(respread(x, "swapped") for x in tensors)  # type: ignore[assignment]
+    real = OPS.attention_lse(*tensors, False, 1.0)
+    with FakeTensorMode() as mode:
+        fake = OPS.attention_lse(*(mode.from_tensor(x) for x in tensors), False, 1.0)
+    for a, b in zip(real, fake):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    if swapped and length > 1 and heads > 1 and batch:
+        assert real[0].transpose(1, 2).is_contiguous()
+
+
+def test_dynamic_lengths_compile_once() -> None:
+    compiled = torch.compile(
+        lambda q, k, v: OPS.attention(q, k, v, True, 0.5) + 1, backend="eager", dynamic=True, fullgraph=True
+    )
+    for length in (5, 9, 17):
+        tensors = inputs(1, 2, 1, length, length + 2, 8, 8, torch.float32)
+        torch.testing.assert_close(compiled(*tensors), OPS.attention(*tensors, True, 0.5) + 1)
+
+
+BAD: list[tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], str]] = [
+    (lambda q, k, v: (q[0], k, v), "query must have 4 dimensions, got 3"),
+    (lambda q, k, v: (q[:1], k, v), r"batch sizes differ: query \(1, 4, 5, 16\)"),
+    (lambda q, k, v: (q[..., :8], k, v), "query and key have different head sizes"),
+    (lambda q, k, v: (q, k, v[:, :, :3]), "key and value have different lengths"),
+    (lambda q, k, v: (q[:, :3], k, v), "query heads must be a multiple of key heads"),
+    (lambda q, k, v: (q, k[:, :1], v), "key and value have different numbers of heads"),
+    (lambda q, k, v: (q.double(), k, v), "dtype must be float32, bfloat16 or float16"),
+    (lambda q, k, v: (q, k.bfloat16(), v), "query, key and value must have the same dtype"),
+    (lambda q, k, v: (q[..., :0], k[..., :0], v), "head sizes must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[text for _, text in BAD])
+def test_bad_input_raises_and_says_what_arrived(
+    change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], message: str
+) -> None:
+    tensors = change(*inputs(2, 4, 2, 5, 7, 16, 8, torch.float32))
+    with pytest.raises(RuntimeError, match=message):
+        OPS.attention(*tensors, False, 1.0)
+
+
+def test_bad_masks_raise() -> None:
+    tensors = inputs(2, 4, 2, 5, 7, 16, 8, torch.float32)
+    with pytest.raises(
+        RuntimeError, match=r"mask \(5, 6\) does not broadcast to \(B, Hq, L, S\) = \(2, 4, 5, 7\)"
+    ):
+        OPS.masked_attention(*tensors, torch.zeros(5, 6), False, 1.0)
+    with pytest.raises(RuntimeError, match="mask must be boolean, float32, bfloat16 or float16"):
+        OPS.masked_attention(*tensors, torch.zeros(5, 7, dtype=torch.int32), False, 1.0)
+
+
+def _child(
+    queue: multiprocessing.Queue[bool], tensors: tuple[Tensor, Tensor, Tensor], expected: Tensor
+) -> None:
+    torch.set_num_threads(1)
+    queue.put(torch.equal(OPS.attention(*tensors, True, 0.2), expected))
+
+
+def test_the_operators_work_after_fork() -> None:
+    torch.set_num_threads(2)
+    tensors = inputs(1, 4, 4, 200, 200, 32, 32, torch.float32)
+    expected = OPS.attention(*tensors, True, 0.2)
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[bool] = context.Queue()
+    child = context.Process(target=_child, args=(queue, tensors, expected))
+    child.start()
+    assert queue.get(timeout=30)
+    child.join(timeout=10)
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_an_unsupported_instruction_set_is_refused_by_name() -> None:
+    result = python("from torchhal_cpu_x86 import native; native.load()", TORCHHAL_CPU_X86_ISA="sse9")
+    assert result.returncode != 0
+    assert "TORCHHAL_CPU_X86_ISA=sse9 is not available here; expected one of: avx2" in result.stderr
+
+
+def test_a_forced_instruction_set_serves_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx2")
+    before = {dtype: LIBRARY.get_isa(dtype) for dtype in DTYPES}
+    try:
+        assert [LIBRARY.choose(dtype) for dtype in DTYPES] == ["avx2"] * 3
+        assert [LIBRARY.get_isa(dtype) for dtype in DTYPES] == ["avx2"] * 3
+    finally:
+        for dtype, name in before.items():
+            LIBRARY.set_isa(dtype, name)
+
+
+def test_a_missing_library_is_explained() -> None:
+    result = python(
+        "from torchhal_cpu_x86 import native; native.load()", TORCHHAL_CPU_X86_LIBRARY="/nowhere/x.so"
+    )
+    assert "NativeUnavailable: the native library /nowhere/x.so does not exist" in result.stderr
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(native.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "sub"))
+    return tmp_path / "sub" / "cpu_x86_isa.json"
+
+
+def test_choices_are_measured_once_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LIBRARY.choose(torch.bfloat16)
+    assert json.loads(cache.read_text())["choices"] == {"bfloat16": first}
+    monkeypatch.setattr(native.Native, "attention_rate", lambda *_: pytest.fail("measured again"))
+    assert LIBRARY.choose(torch.bfloat16) == first
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"fingerprint": "x", "choices": {"bfloat16": "avx2"}}', '{"choices": 3}']
+)
+def test_a_damaged_or_foreign_cache_is_measured_again(cache: Path, text: str) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    chosen = LIBRARY.choose(torch.bfloat16)
+    assert json.loads(cache.read_text())["choices"]["bfloat16"] == chosen
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    assert LIBRARY.choose(torch.float32) in SETS
+
+
+def test_measurements_are_plausible() -> None:
+    measured = LIBRARY.measure(bandwidth_bytes=8 << 20)
+    assert set(measured.attention) == set(measured.fma) == set(SETS)
+    for isa in SETS:
+        for rate in measured.attention[isa].values():
+            assert (
+                0.1 < rate < 4.2 * max(one for one, _ in measured.fma.values())
+            )  # pairs can do twice the work
+    assert measured.bandwidth > 0.1
+    with pytest.raises(native.InstructionSetError, match="'mmx' is not available here"):
+        LIBRARY.fma_rate("mmx")
