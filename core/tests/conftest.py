@@ -12,6 +12,7 @@ from fake_backends import FakeEntryPoint, Install
 
 from torchhal import registry, selection
 
+
 @pytest.fixture(autouse=True)
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Installs backends for one test: ``install("name", plugin)`` or ``install("name", error=ImportError(...))``."""
@@ -27,7 +28,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     monkeypatch.setattr(registry.metadata, "entry_points", entry_points)
     selection.reset()
 
-    def add(name: str, plugin: object = None, *, error: BaseException | None = None, distribution: str = "") -> None:
+    def add(
+        name: str, plugin: object = None, *, error: BaseException | None = None, distribution: str = ""
+    ) -> None:
         points.append(FakeEntryPoint(name, plugin, error, distribution or f"dist-of-{name}"))
         selection.reset()
 

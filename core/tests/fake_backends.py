@@ -59,7 +59,12 @@ def backend(
 
     @hookimpl
     def torchhal_backend() -> BackendInfo:
-        known = {"vendor": "tests", "device_types": frozenset({"cpu"}), "preference": preference or {}, **info}
+        known = {
+            "vendor": "tests",
+            "device_types": frozenset({"cpu"}),
+            "preference": preference or {},
+            **info,
+        }
         return BackendInfo(name=name, spec=spec, capabilities=Capabilities(attention=claims), **known)
 
     @hookimpl

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import torchhal
 from torchhal import ops, ops_families
-from torchhal.attention import Call, Functions, build_problem, capture_score_mod, operands_of
+from torchhal.attention_call import Call, Functions, build_problem, capture_score_mod, operands_of
 from torchhal.selection import select
 
 BIAS = torch.randn(64, requires_grad=True)
@@ -26,7 +26,9 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def compiled(fn: Callable[..., Any], backend: str = "aot_eager") -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+def compiled(
+    fn: Callable[..., Any], backend: str = "aot_eager"
+) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     counter = CompileCounterWithBackend(backend)
     return torch.compile(fn, fullgraph=True, backend=counter), counter
 
@@ -52,7 +54,9 @@ class Model(torch.nn.Module):
         return torchhal.attention(query, key, key, score_mod=mod, return_lse=True)
 
 
-def gradients(model: Model, run: Callable[..., Any], query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+def gradients(
+    model: Model, run: Callable[..., Any], query: torch.Tensor, key: torch.Tensor
+) -> list[torch.Tensor]:
     leaves = [query, key, model.slope, BIAS]
     for leaf in leaves:
         leaf.grad = None
@@ -67,7 +71,9 @@ def test_a_function_with_captured_tensors_is_one_node_with_the_gradients_of_eage
     for length in (5, 9, 12):
         query = torch.randn(2, 4, length, 8, requires_grad=True)
         key = torch.randn(2, 4, 11, 8, requires_grad=True)
-        for mine, eager in zip(gradients(model, run, query, key), gradients(model, model, query, key), strict=True):
+        for mine, eager in zip(
+            gradients(model, run, query, key), gradients(model, model, query, key), strict=True
+        ):
             torch.testing.assert_close(mine, eager)
     assert len(nodes(counter)) == 1
     assert counter.frame_count <= 2, "one static graph and one with symbolic lengths"
@@ -86,7 +92,9 @@ def test_the_inductor_backend_gives_the_same() -> None:
     model = Model()
     run, _ = compiled(model, "inductor")
     query, key = torch.randn(2, 4, 6, 8, requires_grad=True), torch.randn(2, 4, 11, 8, requires_grad=True)
-    for mine, eager in zip(gradients(model, run, query, key), gradients(model, model, query, key), strict=True):
+    for mine, eager in zip(
+        gradients(model, run, query, key), gradients(model, model, query, key), strict=True
+    ):
         torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
 
 
@@ -99,32 +107,65 @@ def block_masked(q: torch.Tensor) -> Any:
 
 
 def create_block_mask_for(length: int) -> Any:
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu", BLOCK_SIZE=4)
+    return create_block_mask(
+        lambda b, h, i, j: i >= j, None, None, length, length, device="cpu", BLOCK_SIZE=4
+    )
 
 
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "plain": (lambda q: torchhal.attention(q, q, q, is_causal=True), (torch.randn(2, 4, 6, 8),)),
-    "masked": (lambda q, m: torchhal.attention(q, q, q, attn_mask=m), (torch.randn(2, 4, 6, 8), torch.rand(6, 6) > 0.2)),
-    "transposed": (lambda q: torchhal.attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2)), (torch.randn(2, 6, 4, 8),)),
-    "one storage": (lambda x: torchhal.attention(*x.unflatten(-1, (3, 8)).permute(3, 0, 1, 2, 4).unbind()), (torch.randn(2, 4, 6, 24),)),
-    "grouped": (lambda q, k: torchhal.attention(q, k, k, enable_gqa=True), (torch.randn(2, 4, 6, 8), torch.randn(2, 2, 5, 8))),
-    "shared batch": (lambda q, k: torchhal.attention(q, k, k), (torch.randn(2, 4, 6, 8), torch.randn(1, 4, 5, 8))),
-    "varlen": (lambda q, n: torchhal.varlen_attention(q, q, q, n, n, mask_mod=lambda b, h, i, j: i >= j), (torch.randn(8, 4, 8), LENS)),
+    "masked": (
+        lambda q, m: torchhal.attention(q, q, q, attn_mask=m),
+        (torch.randn(2, 4, 6, 8), torch.rand(6, 6) > 0.2),
+    ),
+    "transposed": (
+        lambda q: torchhal.attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2)),
+        (torch.randn(2, 6, 4, 8),),
+    ),
+    "one storage": (
+        lambda x: torchhal.attention(*x.unflatten(-1, (3, 8)).permute(3, 0, 1, 2, 4).unbind()),
+        (torch.randn(2, 4, 6, 24),),
+    ),
+    "grouped": (
+        lambda q, k: torchhal.attention(q, k, k, enable_gqa=True),
+        (torch.randn(2, 4, 6, 8), torch.randn(2, 2, 5, 8)),
+    ),
+    "shared batch": (
+        lambda q, k: torchhal.attention(q, k, k),
+        (torch.randn(2, 4, 6, 8), torch.randn(1, 4, 5, 8)),
+    ),
+    "varlen": (
+        lambda q, n: torchhal.varlen_attention(q, q, q, n, n, mask_mod=lambda b, h, i, j: i >= j),
+        (torch.randn(8, 4, 8), LENS),
+    ),
     "paged": (
-        lambda q, p, t, n: torchhal.paged_attention(q, p, p, t, n, is_causal=True, score_mod=lambda s, b, h, i, j: s - (i - j)),
+        lambda q, p, t, n: torchhal.paged_attention(
+            q, p, p, t, n, is_causal=True, score_mod=lambda s, b, h, i, j: s - (i - j)
+        ),
         (torch.randn(2, 4, 1, 8), torch.randn(4, 4, 3, 8), TABLE, torch.tensor([5, 6], dtype=torch.int32)),
     ),
     "matmul": (
-        lambda a, b: torchhal.matmul(a, b, a_prologue=torch.relu, epilogue=lambda v, n, r, c: (v + BIAS[c], v * 2)),
+        lambda a, b: torchhal.matmul(
+            a, b, a_prologue=torch.relu, epilogue=lambda v, n, r, c: (v + BIAS[c], v * 2)
+        ),
         (torch.randn(5, 6), torch.randn(6, 7)),
     ),
-    "matmul plain": (lambda a, b: torchhal.matmul(a, b, bias=b[0]), (torch.randn(3, 5, 6), torch.randn(6, 7))),
-    "foreach": (lambda x, y: torchhal.foreach_map(lambda a, b, c: (a - b * c, a * b), [x, y], [y, x], 0.5), (torch.randn(5), torch.randn(5))),
+    "matmul plain": (
+        lambda a, b: torchhal.matmul(a, b, bias=b[0]),
+        (torch.randn(3, 5, 6), torch.randn(6, 7)),
+    ),
+    "foreach": (
+        lambda x, y: torchhal.foreach_map(lambda a, b, c: (a - b * c, a * b), [x, y], [y, x], 0.5),
+        (torch.randn(5), torch.randn(5)),
+    ),
     "foreach kinds": (
         lambda x, y: torchhal.foreach_map(torch.mul, [x, y.bfloat16()], [1.5, 2]),
         (torch.randn(5), torch.randn(2, 3)),
     ),
-    "foreach keyword": (lambda x, y: torchhal.foreach_map(torch.add, [x], [y], alpha=3), (torch.randn(5), torch.randn(5))),
+    "foreach keyword": (
+        lambda x, y: torchhal.foreach_map(torch.add, [x], [y], alpha=3),
+        (torch.randn(5), torch.randn(5)),
+    ),
 }
 
 
@@ -227,8 +268,17 @@ def test_an_exported_program_holds_one_operator_and_runs(name: str, strict: bool
 def attention_operator() -> tuple[Any, tuple[Any, ...]]:
     query = torch.randn(2, 6, 4, 8, requires_grad=True).transpose(1, 2)
     bias = torch.randn(16, requires_grad=True)
-    captured = Functions(capture_score_mod(lambda s, b, h, i, j: s + bias[i - j + 5], query, query, query), None)
-    call = Call(query, query, query, functions=captured, operands=operands_of(captured, None, 0.0, query), return_lse=True)
+    captured = Functions(
+        capture_score_mod(lambda s, b, h, i, j: s + bias[i - j + 5], query, query, query), None
+    )
+    call = Call(
+        query,
+        query,
+        query,
+        functions=captured,
+        operands=operands_of(captured, None, 0.0, query),
+        return_lse=True,
+    )
     problem = build_problem(call)
     selected = select(problem)
     assert selected.plan is not None
@@ -252,7 +302,9 @@ def test_the_other_operators_pass_opcheck(name: str) -> None:
         return graph.forward
 
     fn, inputs = FORMS[name]
-    torch.compile(fn, fullgraph=True, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=record))(*inputs)
+    torch.compile(fn, fullgraph=True, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=record))(
+        *inputs
+    )
     operator, count, rest = seen[0]
     sizes = {"matmul": [*inputs, BIAS], "foreach": [inputs[0], inputs[1], inputs[1], inputs[0]]}[name]
     assert count == len(sizes)

@@ -14,7 +14,9 @@ from torchhal.foreach_torch import TABLE, translate
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(5,), (33, 7), (0, 3), (), (130,)]
 POSITIVE = ("acosh", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "pow")
-UNARY = sorted({f.__name__ for f, (rule, _) in TABLE.items() if not rule.second and rule.fn is not torch.zeros_like})
+UNARY = sorted(
+    {f.__name__ for f, (rule, _) in TABLE.items() if not rule.second and rule.fn is not torch.zeros_like}
+)
 
 
 def lists(count: int, dtype: torch.dtype, name: str = "", seed: int = 0) -> list[list[Tensor]]:
@@ -34,7 +36,10 @@ def bits(tensor: Tensor) -> Tensor:
 
 def check(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run both on their own copies and compare results, types, shapes, and what was written where."""
-    mine = [[t.clone() for t in arg] if isinstance(arg, list) and isinstance(arg[0], Tensor) else arg for arg in args]
+    mine = [
+        [t.clone() for t in arg] if isinstance(arg, list) and isinstance(arg[0], Tensor) else arg
+        for arg in args
+    ]
     call = translate(function, mine, kwargs)
     assert call is not None
     found = call.run("reference")
@@ -55,8 +60,12 @@ def test_functions_of_one_list_have_torchs_bits(name: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("suffix", ["", "_"])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "clamp_min", "clamp_max", "maximum", "minimum", "pow"])
-def test_functions_of_two_have_torchs_bits_in_every_overload(name: str, dtype: torch.dtype, suffix: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "div", "clamp_min", "clamp_max", "maximum", "minimum", "pow"]
+)
+def test_functions_of_two_have_torchs_bits_in_every_overload(
+    name: str, dtype: torch.dtype, suffix: str
+) -> None:
     function = getattr(torch, f"_foreach_{name}{suffix}")
     xs, ys = lists(2, dtype, name)
     check(function, *lists(2, dtype, name))
@@ -100,7 +109,11 @@ def test_types_may_differ_between_lists() -> None:
 
 
 def test_strided_tensors_keep_their_strides() -> None:
-    check(torch._foreach_mul, [torch.randn(4, 6).t(), torch.randn(8)[::2]], [torch.randn(4, 6).t(), torch.randn(4)])
+    check(
+        torch._foreach_mul,
+        [torch.randn(4, 6).t(), torch.randn(8)[::2]],
+        [torch.randn(4, 6).t(), torch.randn(4)],
+    )
 
 
 def test_keywords_name_the_second_operand() -> None:
@@ -169,7 +182,9 @@ def test_writing_to_a_leaf_that_requires_grad_raises_as_torch_does() -> None:
     leaf = torch.randn(3, requires_grad=True)
     call = translate(torch._foreach_mul_, ([leaf], 2.0), {})
     assert call is not None
-    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"):
+    with pytest.raises(
+        RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"
+    ):
         call.run("reference")
 
 

@@ -80,7 +80,9 @@ def test_gradients_reach_everything_that_asks() -> None:
     out = matmul(a, b, bias=bias, epilogue=lambda v, batch, row, col: v * scale[col])
     wanted = (a @ b + bias) * scale
     found = torch.autograd.grad(out.square().sum(), (a, b, bias, scale))
-    for grad, exact in zip(found, torch.autograd.grad(wanted.square().sum(), (a, b, bias, scale)), strict=True):
+    for grad, exact in zip(
+        found, torch.autograd.grad(wanted.square().sum(), (a, b, bias, scale)), strict=True
+    ):
         torch.testing.assert_close(grad, exact)
 
 
@@ -101,7 +103,9 @@ def test_the_problem_names_every_feature() -> None:
 
 
 def test_lengths_are_no_part_of_the_problem() -> None:
-    assert build_problem(Call(torch.randn(3, 4), torch.randn(4, 5))) == build_problem(Call(torch.randn(0, 1), torch.randn(1, 9)))
+    assert build_problem(Call(torch.randn(3, 4), torch.randn(4, 5))) == build_problem(
+        Call(torch.randn(0, 1), torch.randn(1, 9))
+    )
 
 
 def test_calls_are_counted_on_their_route() -> None:

@@ -65,7 +65,9 @@ def test_grouped_heads_and_three_dimensions_are_served(mine: object) -> None:
     key = K[:, :2]
     with torchhal.enable():
         grouped = F.scaled_dot_product_attention(Q, key, key, enable_gqa=True)
-        flat = F.scaled_dot_product_attention(Q[:, 0], K[:, 0], K[:, 0], torch.ones(2, 6, 9, dtype=torch.bool))
+        flat = F.scaled_dot_product_attention(
+            Q[:, 0], K[:, 0], K[:, 0], torch.ones(2, 6, 9, dtype=torch.bool)
+        )
     torch.testing.assert_close(grouped, F.scaled_dot_product_attention(Q, key, key, enable_gqa=True))
     torch.testing.assert_close(flat, F.scaled_dot_product_attention(Q[:, 0], K[:, 0], K[:, 0]))
     assert set(chosen()) == {"mine"}
@@ -97,7 +99,7 @@ def test_what_only_torch_knows_goes_to_torch(mine: list[AttentionProblem], call:
     ],
 )
 def test_what_torch_refuses_is_refused_in_torchs_words(mine: object, arguments: dict[str, Any]) -> None:
-    with pytest.raises(Exception) as plain:  # noqa: B017
+    with pytest.raises(Exception) as plain:
         F.scaled_dot_product_attention(Q, K, K, **arguments)
     with torchhal.enable(), pytest.raises(type(plain.value)) as served:
         F.scaled_dot_product_attention(Q, K, K, **arguments)

@@ -18,7 +18,11 @@ settings.register_profile("packing", max_examples=25, deadline=None)
 few = settings(settings.get_profile("packing"))
 
 schemes = st.fixed_dictionaries(
-    {"bits": st.sampled_from([8, 4]), "group": st.sampled_from([None, 32, 64, 128]), "symmetric": st.booleans()}
+    {
+        "bits": st.sampled_from([8, 4]),
+        "group": st.sampled_from([None, 32, 64, 128]),
+        "symmetric": st.booleans(),
+    }
 )
 shapes = st.tuples(st.integers(0, 140), st.integers(0, 9))
 
@@ -35,8 +39,12 @@ def steps(packed: PackedWeight) -> torch.Tensor:
 
 
 @few
-@given(shape=shapes, scheme=schemes, seed=st.integers(0, 2**30), spread=st.sampled_from([1e-42, 1e-6, 1.0, 1e30]))
-def test_every_element_is_within_half_a_step(shape: tuple[int, int], scheme: Any, seed: int, spread: float) -> None:
+@given(
+    shape=shapes, scheme=schemes, seed=st.integers(0, 2**30), spread=st.sampled_from([1e-42, 1e-6, 1.0, 1e30])
+)
+def test_every_element_is_within_half_a_step(
+    shape: tuple[int, int], scheme: Any, seed: int, spread: float
+) -> None:
     weight = random_weight(shape, seed, spread, torch.float32)
     packed = pack_weight(weight, **scheme)
     error = (unpack(packed, torch.float64) - weight.double()).abs()
@@ -44,13 +52,22 @@ def test_every_element_is_within_half_a_step(shape: tuple[int, int], scheme: Any
 
 
 @few
-@given(shape=shapes, scheme=schemes, seed=st.integers(0, 2**30), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
-def test_other_types_add_only_their_own_rounding(shape: tuple[int, int], scheme: Any, seed: int, dtype: torch.dtype) -> None:
+@given(
+    shape=shapes,
+    scheme=schemes,
+    seed=st.integers(0, 2**30),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float64]),
+)
+def test_other_types_add_only_their_own_rounding(
+    shape: tuple[int, int], scheme: Any, seed: int, dtype: torch.dtype
+) -> None:
     weight = random_weight(shape, seed, 1.0, dtype)
     packed = pack_weight(weight, **scheme)
     assert unpack(packed).dtype == dtype
     error = (unpack(packed).double() - weight.double()).abs()
-    assert bool((error <= steps(packed) * 0.5001 + weight.double().abs() * torch.finfo(dtype).eps + 1e-7).all())
+    assert bool(
+        (error <= steps(packed) * 0.5001 + weight.double().abs() * torch.finfo(dtype).eps + 1e-7).all()
+    )
 
 
 @few
@@ -71,7 +88,10 @@ def test_the_documented_formula_gives_each_element(shape: tuple[int, int], schem
 @given(shape=shapes, scheme=schemes, seed=st.integers(0, 2**30))
 def test_a_transposed_weight_packs_like_its_transpose(shape: tuple[int, int], scheme: Any, seed: int) -> None:
     weight = random_weight(shape, seed, 1.0, torch.float32)
-    plain, transposed = pack_weight(weight, **scheme), pack_weight(weight.t().contiguous(), transposed=True, **scheme)
+    plain, transposed = (
+        pack_weight(weight, **scheme),
+        pack_weight(weight.t().contiguous(), transposed=True, **scheme),
+    )
     assert torch.equal(plain.data, transposed.data) and torch.equal(plain.scale, transposed.scale)
 
 
@@ -80,7 +100,9 @@ def test_a_transposed_weight_packs_like_its_transpose(shape: tuple[int, int], sc
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.5e-3])
 def test_a_constant_column_is_exact_to_an_ulp(value: float, bits: int, symmetric: bool) -> None:
     weight = torch.full((33, 2), value)
-    torch.testing.assert_close(unpack(pack_weight(weight, bits=bits, symmetric=symmetric)), weight, rtol=3e-7, atol=0)
+    torch.testing.assert_close(
+        unpack(pack_weight(weight, bits=bits, symmetric=symmetric)), weight, rtol=3e-7, atol=0
+    )
 
 
 def test_zero_stays_exactly_zero_in_an_asymmetric_column() -> None:
@@ -103,7 +125,10 @@ def test_an_odd_number_of_rows_pads_one_int4() -> None:
 def test_a_group_longer_than_the_column_is_the_column() -> None:
     packed = pack_weight(torch.randn(40, 3), group=64)
     assert packed.group == 40 and packed.scheme == "int8:group=channel:symmetric"
-    assert pack_weight(torch.randn(65, 3), bits=4, group=64, symmetric=False).scheme == "int4:group=64:asymmetric"
+    assert (
+        pack_weight(torch.randn(65, 3), bits=4, group=64, symmetric=False).scheme
+        == "int4:group=64:asymmetric"
+    )
 
 
 def test_a_weight_that_learns_is_packed_by_value() -> None:
@@ -118,7 +143,9 @@ def test_state_survives_a_weights_only_checkpoint(symmetric: bool) -> None:
     torch.save(packed.state(), buffer)
     buffer.seek(0)
     restored = PackedWeight.from_state(torch.load(buffer, weights_only=True))
-    assert restored.scheme == packed.scheme and restored.shape == packed.shape and restored.dtype == packed.dtype
+    assert (
+        restored.scheme == packed.scheme and restored.shape == packed.shape and restored.dtype == packed.dtype
+    )
     assert torch.equal(unpack(restored), unpack(packed))
 
 
@@ -130,17 +157,31 @@ def test_to_moves_every_tensor() -> None:
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
-        (torch.randn(3), {}, r"expects a matrix, \(K, N\) or with transposed=True \(N, K\); got shape \(3,\)"),
+        (
+            torch.randn(3),
+            {},
+            r"expects a matrix, \(K, N\) or with transposed=True \(N, K\); got shape \(3,\)",
+        ),
         ([[1.0]], {}, "expects a matrix.*got list"),
         (torch.ones(2, 2, dtype=torch.int8), {}, "expects a floating weight; got torch.int8"),
         (torch.ones(2, 2), {"bits": 2}, "bits=8 or bits=4; got bits=2"),
         (torch.ones(2, 2), {"group": 48}, r"one of \(None, 32, 64, 128\).*got group=48"),
-        (torch.tensor([[1.0, 2.0], [3.0, float("nan")]]), {}, r"finite values; the weight has nan at \(1, 1\)"),
+        (
+            torch.tensor([[1.0, 2.0], [3.0, float("nan")]]),
+            {},
+            r"finite values; the weight has nan at \(1, 1\)",
+        ),
         (torch.tensor([[float("-inf")]]), {}, r"has -inf at \(0, 0\)"),
-        (torch.tensor([[1e300]], dtype=torch.float64), {}, "float32, which the largest values of this weight exceed"),
+        (
+            torch.tensor([[1e300]], dtype=torch.float64),
+            {},
+            "float32, which the largest values of this weight exceed",
+        ),
     ],
 )
-def test_a_weight_that_can_not_be_packed_is_refused(weight: Any, options: dict[str, Any], message: str) -> None:
+def test_a_weight_that_can_not_be_packed_is_refused(
+    weight: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidProblem, match=message):
         pack_weight(weight, **options)
 
@@ -152,9 +193,15 @@ def test_a_weight_that_can_not_be_packed_is_refused(weight: Any, options: dict[s
         ({"group": 0}, "positive number of rows; got 0"),
         ({"dtype": "int32"}, "dequantises to a floating type; got torch.int32"),
         ({"dtype": "float33"}, "names a torch dtype; got 'float33'"),
-        ({"shape": [4, 4]}, r"'data' of a packed int8 weight of shape \(4, 4\).*must be \(4, 4\) torch.int8.*got \(4, 3\)"),
+        (
+            {"shape": [4, 4]},
+            r"'data' of a packed int8 weight of shape \(4, 4\).*must be \(4, 4\) torch.int8.*got \(4, 3\)",
+        ),
         ({"scale": torch.ones(2, 3)}, r"'scale' of a packed.*must be \(1, 3\).*got \(2, 3\)"),
-        ({"zero": torch.ones(1, 3, dtype=torch.int8)}, r"'zero' of a packed.*torch.float32.*got \(1, 3\) torch.int8"),
+        (
+            {"zero": torch.ones(1, 3, dtype=torch.int8)},
+            r"'zero' of a packed.*torch.float32.*got \(1, 3\) torch.int8",
+        ),
         ({"other": 1}, "has the entries.*got.*'other'"),
     ],
 )

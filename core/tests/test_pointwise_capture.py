@@ -127,7 +127,10 @@ def test_methods_overloads_operators_and_conversions_are_the_same_functions() ->
     aten = torch.ops.aten
     pairs: list[tuple[Any, Any]] = [
         (lambda x: aten.add.Tensor(x, 2.0), lambda x: x + 2.0),
-        (lambda x: aten.where.self(x > 0, x, aten.full.default([], -1.0)), lambda x: torch.where(x > 0, x, torch.tensor(-1.0))),
+        (
+            lambda x: aten.where.self(x > 0, x, aten.full.default([], -1.0)),
+            lambda x: torch.where(x > 0, x, torch.tensor(-1.0)),
+        ),
         (lambda x: aten.index.Tensor(SLOPES, [x.int()]), lambda x: SLOPES[x.int()]),
         (lambda x: operator.mul(x, 3.0), lambda x: x * 3.0),
         (lambda x: torch.special.expit(x), lambda x: x.sigmoid()),
@@ -142,7 +145,10 @@ def test_methods_overloads_operators_and_conversions_are_the_same_functions() ->
         (lambda x: torch.add(x, x, alpha=2), lambda x: x + x * 2),
         (lambda x: torch.rsub(x, 1.0), lambda x: 1.0 - x),
         (lambda x: +x, lambda x: x),
-        (lambda x: functools.reduce(torch.maximum, [x, x * 2, x * 3]), lambda x: torch.max(torch.max(x, x * 2), x * 3)),
+        (
+            lambda x: functools.reduce(torch.maximum, [x, x * 2, x * 3]),
+            lambda x: torch.max(torch.max(x, x * 2), x * 3),
+        ),
     ]
     for left, right in pairs:
         assert capture(left, [("x", F32)]).graph == capture(right, [("x", F32)]).graph
@@ -179,7 +185,10 @@ def test_a_refusal_names_the_file_the_line_and_its_source() -> None:
 
     line = helper.__code__.co_firstlineno + 1
     refused(
-        lambda s, *_: helper(s) + 1, f"{__file__}:{line}: return value.sum()  # the culprit", "Tensor.sum", what="epilogue"
+        lambda s, *_: helper(s) + 1,
+        f"{__file__}:{line}: return value.sum()  # the culprit",
+        "Tensor.sum",
+        what="epilogue",
     )
 
 

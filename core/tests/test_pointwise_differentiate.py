@@ -45,7 +45,9 @@ STEPS = st.lists(
 )
 
 
-def backward(graph: Graph, inputs: list[Any], tensors: list[Any], seeds: list[Any]) -> tuple[list[Any], list[Any]]:
+def backward(
+    graph: Graph, inputs: list[Any], tensors: list[Any], seeds: list[Any]
+) -> tuple[list[Any], list[Any]]:
     """Gradients of inputs and captured tensors by running the gradient graph and scatter-adding."""
     made = differentiate(graph)
     outs = evaluate(made.graph, [*inputs, *seeds], tensors)
@@ -88,7 +90,9 @@ def test_gradients_of_random_expressions_equal_autograd(steps: list[tuple[str, i
     live = [(t, g) for t, g in zip(captured.tensors, sums, strict=True) if t.requires_grad]
     through: Any = (None, None)
     if live:
-        through = torch.autograd.grad([t for t, _ in live], [table, scale], [g for _, g in live], allow_unused=True)
+        through = torch.autograd.grad(
+            [t for t, _ in live], [table, scale], [g for _, g in live], allow_unused=True
+        )
     for leaf, gradient, ours in zip(leaves, wanted, (*grads, *through), strict=True):
         truth, found = (torch.zeros_like(leaf) if g is None else g for g in (gradient, ours))
         torch.testing.assert_close(found, truth, rtol=1e-7, atol=1e-9)
@@ -102,7 +106,9 @@ def test_evaluation_passes_gradcheck_for_inputs_and_captured_tensors() -> None:
     scale = torch.randn((), dtype=F64, requires_grad=True)
     captured = capture(mod, [("score", F64), ("q", torch.int32)])
     score, q = torch.randn(4, 3, dtype=F64, requires_grad=True), torch.arange(3, dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda s, *t: evaluate(captured.graph, [s, q], t), (score, *captured.tensors))
+    assert torch.autograd.gradcheck(
+        lambda s, *t: evaluate(captured.graph, [s, q], t), (score, *captured.tensors)
+    )
 
 
 def gradient_at(fn: Callable[..., Any], *points: float) -> list[float]:
@@ -133,7 +139,9 @@ def gradient_at(fn: Callable[..., Any], *points: float) -> list[float]:
         (torch.nn.functional.elu, (1000.0,)),
     ],
 )
-def test_gradients_at_kinks_and_extremes_follow_autograd(fn: Callable[..., Any], points: tuple[float, ...]) -> None:
+def test_gradients_at_kinks_and_extremes_follow_autograd(
+    fn: Callable[..., Any], points: tuple[float, ...]
+) -> None:
     leaves = [torch.tensor([point], dtype=F64, requires_grad=True) for point in points]
     wanted = [float(g) for g in torch.autograd.grad(fn(*leaves).sum(), leaves)]
     assert gradient_at(fn, *points) == pytest.approx(wanted, nan_ok=True)

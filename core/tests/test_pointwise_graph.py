@@ -89,7 +89,9 @@ def test_the_digest_does_not_depend_on_the_process_or_its_hash_seed() -> None:
     table = torch.ones(3)
     here = graph_of(lambda x: torch.tanh(x * 0.5) + table[0 * x.int()]).digest
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert there.stdout.strip() == here and len(here) == 64
 
 
@@ -108,14 +110,26 @@ def test_malformed_text_is_refused_with_the_reason() -> None:
         changed(graph, inputs=[[3, "float32"]]): "input 0 must be named by a string",
         changed(graph, inputs=7): "inputs must be a list, got int",
         changed(graph, captured=[["float32", -1]]): "captured 0 must have a rank of 0 or more",
-        changed(graph, nodes=[*nodes[:2], ["quux", "float32", [0, 1], None]]): "node 2 is 'quux', which is no primitive",
-        changed(graph, nodes=[*nodes[:2], ["add", "float32", [0], None]]): "node 2 \\(add\\) takes 2 operands, got 1",
+        changed(
+            graph, nodes=[*nodes[:2], ["quux", "float32", [0, 1], None]]
+        ): "node 2 is 'quux', which is no primitive",
+        changed(
+            graph, nodes=[*nodes[:2], ["add", "float32", [0], None]]
+        ): "node 2 \\(add\\) takes 2 operands, got 1",
         changed(graph, nodes=[*nodes[:2], ["add", "float32", [0, 2], None]]): "node 2 refers to node 2",
-        changed(graph, nodes=[*nodes[:2], ["add", "float64", [0, 1], None]]): "says float64, but it gives float32",
-        changed(graph, nodes=[*nodes[:2], ["logical_and", "bool", [0, 1], None]]): "expects bool operands, got float32",
+        changed(
+            graph, nodes=[*nodes[:2], ["add", "float64", [0, 1], None]]
+        ): "says float64, but it gives float32",
+        changed(
+            graph, nodes=[*nodes[:2], ["logical_and", "bool", [0, 1], None]]
+        ): "expects bool operands, got float32",
         changed(graph, nodes=[["input", "float32", [], 4], *nodes[1:]]): "reads position 4 of 1",
-        changed(graph, nodes=[nodes[0], ["constant", "float32", [], "0.50"], nodes[2]]): "no float32 constant",
-        changed(graph, nodes=[nodes[0], ["constant", "float32", [], "0.1"], nodes[2]]): "holds '0.1', which is no float32 constant",
+        changed(
+            graph, nodes=[nodes[0], ["constant", "float32", [], "0.50"], nodes[2]]
+        ): "no float32 constant",
+        changed(
+            graph, nodes=[nodes[0], ["constant", "float32", [], "0.1"], nodes[2]]
+        ): "holds '0.1', which is no float32 constant",
         changed(graph, nodes=[*nodes[:2], ["add", "float32", [0, 1], 5]]): "takes no attribute, got 5",
         changed(graph, outputs=[9]): "outputs refers to node 9",
         changed(graph, outputs=[True]): "outputs refers to node True",
@@ -235,5 +249,7 @@ def test_masked_score_and_concatenate_join_functions() -> None:
     (result,) = evaluate(made.graph, [s, zero, zero, q, kv], made.tensors)
     assert torch.equal(result, torch.where(q >= kv, s * 2, -float("inf")))
     assert concatenate(score, causal).graph.output_dtypes == (F32, torch.bool)
-    with pytest.raises(InvalidProblem, match=r"'q_idx' is torch.int32 in one function and torch.float32 in the other"):
+    with pytest.raises(
+        InvalidProblem, match=r"'q_idx' is torch.int32 in one function and torch.float32 in the other"
+    ):
         concatenate(causal, capture(lambda q: q, [("q_idx", F32)]))

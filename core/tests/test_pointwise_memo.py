@@ -64,15 +64,21 @@ def test_index_arithmetic_of_mixed_dtypes_is_recognised_too(captures: list[Any])
 
 
 @pytest.mark.parametrize("numbers", [(2, 2.0), (0.0, -0.0), (1, True), (1.0, 1.5), (0.0, math.nan)])
-def test_constants_that_differ_in_type_sign_or_value_are_captured_anew(captures: list[Any], numbers: Any) -> None:
+def test_constants_that_differ_in_type_sign_or_value_are_captured_anew(
+    captures: list[Any], numbers: Any
+) -> None:
     table = torch.rand(4)
     for number in numbers:
         capture_cached(make(table, number), INPUTS)
     assert len(captures) == 2
 
 
-@pytest.mark.parametrize("other", [torch.rand(4, dtype=torch.float64), torch.rand(5), torch.rand(4, 1)[:, 0].half()])
-def test_tensors_of_another_dtype_or_shape_are_captured_anew(captures: list[Any], other: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "other", [torch.rand(4, dtype=torch.float64), torch.rand(5), torch.rand(4, 1)[:, 0].half()]
+)
+def test_tensors_of_another_dtype_or_shape_are_captured_anew(
+    captures: list[Any], other: torch.Tensor
+) -> None:
     capture_cached(make(torch.rand(4), 2.0), INPUTS)
     capture_cached(make(other, 2.0), INPUTS)
     assert len(captures) == 2

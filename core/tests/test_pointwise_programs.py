@@ -66,7 +66,16 @@ FLOAT_UNARY = [
 ]  # fmt: skip
 UNARY |= {name: getattr(torch, name) for name in FLOAT_UNARY}
 NUMBERS = (0, 1, -3, 7, 0.1, -1.7, 0.5, 2.0, 1e-3, float("inf"))
-LANES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8, torch.bool)
+LANES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.int64,
+    torch.int8,
+    torch.bool,
+)
 
 
 def sample(dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (N,)) -> torch.Tensor:
@@ -79,9 +88,11 @@ def sample(dtype: torch.dtype, seed: int, shape: tuple[int, ...] = (N,)) -> torc
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype is right.dtype and torch.equal(
-        torch.nan_to_num(left, nan=12345.0), torch.nan_to_num(right, nan=12345.0)
-    ) and torch.equal(torch.isnan(left), torch.isnan(right))
+    return (
+        left.dtype is right.dtype
+        and torch.equal(torch.nan_to_num(left, nan=12345.0), torch.nan_to_num(right, nan=12345.0))
+        and torch.equal(torch.isnan(left), torch.isnan(right))
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -122,7 +133,9 @@ def test_every_binary_function_promotes_and_computes_as_torch_does(
 
 @settings(max_examples=120, deadline=None)
 @given(name=st.sampled_from(sorted(UNARY)), dtype=st.sampled_from(LANES), seed=st.integers(0, 99))
-def test_every_unary_function_promotes_and_computes_as_torch_does(name: str, dtype: torch.dtype, seed: int) -> None:
+def test_every_unary_function_promotes_and_computes_as_torch_does(
+    name: str, dtype: torch.dtype, seed: int
+) -> None:
     lane = sample(dtype, seed)
     try:
         expected = UNARY[name](lane)
@@ -152,7 +165,8 @@ class Program:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(sorted(BINARY) + sorted(UNARY)), st.integers(0, 30), st.integers(0, 30)), max_size=8
+    st.tuples(st.sampled_from(sorted(BINARY) + sorted(UNARY)), st.integers(0, 30), st.integers(0, 30)),
+    max_size=8,
 )
 
 
@@ -210,8 +224,14 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_composite_functions_agree_with_torch_and_so_do_their_gradients(name: str, dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-30, 30, 121), torch.tensor([-3.0, 0.0, 3.0, 6.0])]).to(dtype).requires_grad_()
+def test_composite_functions_agree_with_torch_and_so_do_their_gradients(
+    name: str, dtype: torch.dtype
+) -> None:
+    x = (
+        torch.cat([torch.linspace(-30, 30, 121), torch.tensor([-3.0, 0.0, 3.0, 6.0])])
+        .to(dtype)
+        .requires_grad_()
+    )
     fn = ACTIVATIONS[name]
     captured = capture(lambda x: fn(x), [("x", dtype)])
     (result,) = evaluate(captured.graph, [x], captured.tensors)

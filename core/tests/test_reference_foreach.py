@@ -49,7 +49,9 @@ def assert_same(found: Tensor, wanted: Tensor) -> None:
     name=st.sampled_from(sorted(FUNCTIONS)), first=st.sampled_from(DTYPES), second=st.sampled_from(DTYPES), seed=st.integers(0, 2**30),
     shapes=st.lists(st.sampled_from([((3,), (3,)), ((2, 1), (4,)), ((0,), (1,)), ((7, 5), (5,)), ((130,), (1,))]), min_size=1, max_size=4),
 )  # fmt: skip
-def test_every_position_has_torchs_bits(name: str, first: torch.dtype, second: torch.dtype, seed: int, shapes: Any) -> None:
+def test_every_position_has_torchs_bits(
+    name: str, first: torch.dtype, second: torch.dtype, seed: int, shapes: Any
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     xs = [random_tensor(left, first, generator) for left, _ in shapes]
     ys = [random_tensor(right, second, generator) for _, right in shapes]
@@ -102,9 +104,13 @@ def test_results_share_memory_with_nothing() -> None:
 
 
 def test_an_output_has_the_shape_of_what_it_depends_on() -> None:
-    graph = graph_of(lambda x, y, s: (x + 1, y * s, torch.zeros_like(x) + s), torch.float32, torch.float32, torch.float64)
+    graph = graph_of(
+        lambda x, y, s: (x + 1, y * s, torch.zeros_like(x) + s), torch.float32, torch.float32, torch.float64
+    )
     assert depends_on(graph) == ({0}, {1, 2}, {2})
-    results = foreach_map(problem_of([graph], "list", "list", "scalar"), [[torch.ones(3)], [torch.ones(2, 1)], 2.0], (), None)
+    results = foreach_map(
+        problem_of([graph], "list", "list", "scalar"), [[torch.ones(3)], [torch.ones(2, 1)], 2.0], (), None
+    )
     assert [items[0].shape for items in results] == [(3,), (2, 1), (2, 3)]
 
 
@@ -115,7 +121,9 @@ def test_shapes_that_do_not_broadcast_are_torchs_error() -> None:
 
 def test_gradients_flow_to_operands_and_captured_scalars() -> None:
     held = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    captured = capture(lambda x, y: torch.tanh(x * held) * y, [("x", torch.float64), ("y", torch.float64)], what="function")
+    captured = capture(
+        lambda x, y: torch.tanh(x * held) * y, [("x", torch.float64), ("y", torch.float64)], what="function"
+    )
     made = plan(problem_of([captured.graph], "list", "list"))
 
     def run(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -132,5 +140,8 @@ def test_empty_lists_give_empty_lists() -> None:
 
 def test_a_tensor_of_another_type_is_refused() -> None:
     graph = graph_of(lambda x: x + 1, torch.float32)
-    with pytest.raises(InvalidProblem, match=r"position 0 of the lists has \(float64\) and the problem has graphs for \(float32\)"):
+    with pytest.raises(
+        InvalidProblem,
+        match=r"position 0 of the lists has \(float64\) and the problem has graphs for \(float32\)",
+    ):
         foreach_map(problem_of([graph], "list"), [[torch.ones(1, dtype=torch.float64)]], (), None)

@@ -25,7 +25,9 @@ def functions(a: Tensor, b: Tensor | PackedWeight, **named: Any) -> Functions:
     return capture_functions(element_dtype(a, b), **wanted)
 
 
-def compute(a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None = None, out_dtype: Any = None, **named: Any) -> tuple[Tensor, ...]:
+def compute(
+    a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None = None, out_dtype: Any = None, **named: Any
+) -> tuple[Tensor, ...]:
     found = functions(a, b, **named)
     problem = build_problem(Call(a, b, bias, found, out_dtype))
     return matmul(problem, a, b, bias, operands_of(found))
@@ -71,7 +73,11 @@ def test_functions_and_indices_mean_what_a_loop_over_elements_says(dtype: torch.
     wide_a, wide_b = a.expand(2, 3, 3, 4).double(), b.expand(2, 3, 4, 5).double()
     for i in range(6):
         left, right = wide_a[i // 3, i % 3], wide_b[i // 3, i % 3]
-        left = left * scale[i].double() + torch.arange(3).double()[:, None] * 0.25 - torch.arange(4).double() * 0.5
+        left = (
+            left * scale[i].double()
+            + torch.arange(3).double()[:, None] * 0.25
+            - torch.arange(4).double() * 0.5
+        )
         right = torch.tanh(right) + shift.double() + i
         exact[i // 3, i % 3] = torch.relu(left @ right + bias.double()) + residual.double() * i
     error = (out.double() - exact).abs()
@@ -93,7 +99,9 @@ def test_prologues_see_elements_in_float32() -> None:
 
 def test_without_inner_elements_the_epilogue_of_the_bias_remains() -> None:
     bias = torch.tensor([-1.0, 2.0, 3.0])
-    (out,) = compute(torch.ones(2, 0), torch.ones(0, 3), bias, a_prologue=lambda v: 1.0, epilogue=lambda v: v * 2)
+    (out,) = compute(
+        torch.ones(2, 0), torch.ones(0, 3), bias, a_prologue=lambda v: 1.0, epilogue=lambda v: v * 2
+    )
     assert torch.equal(out, (bias * 2).expand(2, 3))
 
 

@@ -26,7 +26,9 @@ def test_the_reference_is_there_with_no_backend_installed() -> None:
 
 
 def test_a_plugin_that_fails_to_import_is_kept_and_quoted(install: Install) -> None:
-    install("broken", error=AttributeError("module 'os' has no attribute 'exit'"), distribution="legacy-extension")
+    install(
+        "broken", error=AttributeError("module 'os' has no attribute 'exit'"), distribution="legacy-extension"
+    )
     assert "reference" in registry().backends
     with pytest.raises(BackendLoadError, match="'broken' is installed and can not be used") as caught:
         torchhal.attention(QUERY, QUERY, QUERY, backend="broken")
@@ -39,7 +41,9 @@ def test_a_plugin_that_exits_the_interpreter_on_import_does_not_take_us_along(in
     assert "SystemExit: 127" in failure_of("quitter")
 
 
-def test_an_unknown_backend_is_answered_with_what_is_installed_what_failed_and_how_to_install(install: Install) -> None:
+def test_an_unknown_backend_is_answered_with_what_is_installed_what_failed_and_how_to_install(
+    install: Install,
+) -> None:
     install("mine", backend("mine"))
     install("broken", error=ImportError("libfoo.so.3: cannot open"))
     with pytest.raises(BackendNotFound) as caught:
@@ -60,7 +64,9 @@ def test_a_hook_the_specification_does_not_know_is_refused_by_plugin_and_hook_na
     assert "unknown hook 'torchhal_convolution'" in failure_of("mine")
 
 
-def test_a_hook_argument_the_specification_does_not_know_is_refused_by_plugin_and_hook_name(install: Install) -> None:
+def test_a_hook_argument_the_specification_does_not_know_is_refused_by_plugin_and_hook_name(
+    install: Install,
+) -> None:
     plugin = backend("mine")
 
     @hookimpl
@@ -91,7 +97,9 @@ def test_a_hook_that_was_not_marked_is_refused_instead_of_never_called(install: 
     ],
     ids=["another name", "newer specification", "malformed range", "no identity"],
 )
-def test_an_identity_that_does_not_fit_says_what_is_wrong(install: Install, plugin: object, text: str) -> None:
+def test_an_identity_that_does_not_fit_says_what_is_wrong(
+    install: Install, plugin: object, text: str
+) -> None:
     install("mine", plugin)
     assert text in failure_of("mine")
 
@@ -134,7 +142,9 @@ def test_an_empty_torchhal_plugins_loads_none(install: Install, monkeypatch: pyt
     assert set(registry().backends) == {"reference"}
 
 
-def test_a_plugin_named_by_torchhal_plugins_and_not_installed_is_a_load_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_named_by_torchhal_plugins_and_not_installed_is_a_load_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TORCHHAL_PLUGINS", "ghost")
     torchhal.selection.reset()
     assert "no installed entry point in torchhal.backends is called so" in failure_of("ghost")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ def fill(install: Install, count: int) -> None:
 def test_blocks_nest_and_end_even_when_the_code_inside_raises(install: Install) -> None:
     fill(install, 3)
     with torchhal.use("b0"):
-        with pytest.raises(KeyError), torchhal.use("b1"):
+        with contextlib.suppress(KeyError), torchhal.use("b1"):
             assert served_by() == 1.0
             raise KeyError
         assert served_by() == 0.0
@@ -91,7 +92,10 @@ def test_use_refuses_a_backend_that_is_not_there_on_entry() -> None:
 
 
 def test_use_refuses_what_is_not_a_name() -> None:
-    with pytest.raises(InvalidProblem, match=r"use\(\) expects the name of a backend and got 3"), torchhal.use(3):  # type: ignore[arg-type]
+    with (
+        pytest.raises(InvalidProblem, match=r"use\(\) expects the name of a backend and got 3"),
+        torchhal.use(3),
+    ):  # type: ignore[arg-type]
         pass
 
 

@@ -38,7 +38,9 @@ def winner() -> float:
 # ---------------------------------------------------------------------------- order of strength
 
 
-def test_each_rule_beats_the_next_weaker_one(install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_each_rule_beats_the_next_weaker_one(
+    install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
     for value, name in enumerate(["argument", "scope", "family", "general", "locked", "preferred"], start=1):
         serve(float(value), install, name, preference=20 if name == "preferred" else 10 - value)
     assert winner() == 6.0
@@ -60,7 +62,9 @@ def test_each_rule_beats_the_next_weaker_one(install: Install, monkeypatch: pyte
     assert winner() == 3.0
 
 
-def test_a_list_in_the_environment_is_tried_in_its_order(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_in_the_environment_is_tried_in_its_order(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install("shy", backend("shy", lambda problem: Decline("busy", "is busy")))
     serve(2.0, install, "second")
     monkeypatch.setenv("TORCHHAL_BACKEND", "shy, second")
@@ -99,7 +103,9 @@ def test_what_a_backend_never_heard_of_is_declined_before_it_is_asked(install: I
         (None, "does not claim the attention family"),
     ],
 )
-def test_types_layouts_and_families_are_claims_too(install: Install, claims: AttentionClaims | None, reason: str) -> None:
+def test_types_layouts_and_families_are_claims_too(
+    install: Install, claims: AttentionClaims | None, reason: str
+) -> None:
     install("narrow", backend("narrow", lambda problem: constant_plan(1.0), claims=claims))
     with pytest.raises(Unsupported, match=reason):
         torchhal.attention(QUERY, QUERY, QUERY, backend="narrow")
@@ -151,7 +157,9 @@ def test_a_hook_that_raises_is_named_and_the_next_backend_serves(install: Instal
 
     install("bomb", backend("bomb", explode, preference={"cpu": 50}))
     serve(4.0, install, "calm")
-    with pytest.warns(FallbackWarning, match="hook torchhal_attention of backend 'bomb' raised ZeroDivisionError: by design"):
+    with pytest.warns(
+        FallbackWarning, match="hook torchhal_attention of backend 'bomb' raised ZeroDivisionError: by design"
+    ):
         assert winner() == 4.0
 
 
@@ -192,7 +200,9 @@ def test_a_misspelt_variable_is_reported_with_the_nearest_name(monkeypatch: pyte
 def test_a_list_with_a_hole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHHAL_BACKEND", "reference,,")
     reset()
-    with pytest.raises(ConfigurationError, match="TORCHHAL_BACKEND expects a backend or names separated by commas"):
+    with pytest.raises(
+        ConfigurationError, match="TORCHHAL_BACKEND expects a backend or names separated by commas"
+    ):
         torchhal.attention(QUERY, QUERY, QUERY)
 
 
@@ -216,13 +226,19 @@ def test_a_stale_lock_is_reported_with_what_differs_and_not_used(
         assert winner() == 1.0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "environment": {}, "entries": {"x": {}}}'])
-def test_a_damaged_lock_file_is_refused_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: object, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "environment": {}, "entries": {"x": {}}}']
+)
+def test_a_damaged_lock_file_is_refused_by_its_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, content: str
+) -> None:
     path = tmp_path / "lock.json"  # type: ignore[operator]
     path.write_text(content)
     monkeypatch.setenv("TORCHHAL_LOCK", str(path))
     reset()
-    with pytest.raises(ConfigurationError, match=r"lock.json is not a selection lock file .*; run `torchhal tune`"):
+    with pytest.raises(
+        ConfigurationError, match=r"lock.json is not a selection lock file .*; run `torchhal tune`"
+    ):
         torchhal.attention(QUERY, QUERY, QUERY)
 
 
@@ -263,15 +279,28 @@ def test_routes_count_every_call() -> None:
 
 
 def test_problems_survive_their_text_form_and_lengths_are_not_in_it() -> None:
-    short = torchhal.explain(torchhal.attention, QUERY, QUERY, QUERY, score_mod=lambda s, b, h, i, j: s + i).problem
+    short = torchhal.explain(
+        torchhal.attention, QUERY, QUERY, QUERY, score_mod=lambda s, b, h, i, j: s + i
+    ).problem
     long = torch.randn(1, 2, 300, 4)
-    other = torchhal.explain(torchhal.attention, long, long, long, score_mod=lambda s, b, h, i, j: s + i).problem
+    other = torchhal.explain(
+        torchhal.attention, long, long, long, score_mod=lambda s, b, h, i, j: s + i
+    ).problem
     assert short == other
     assert hash(short) == hash(other)
     assert Problem.from_text(short.text) == short
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"family": "cooking"}', '{"family": "attention", "device": {"device": "cpu"}, "taste": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"family": "cooking"}',
+        '{"family": "attention", "device": {"device": "cpu"}, "taste": 1}',
+    ],
+)
 def test_a_problem_text_of_another_specification_is_refused(text: str) -> None:
     with pytest.raises(InvalidProblem, match="expected the text of a problem of specification"):
         Problem.from_text(text)
@@ -284,7 +313,10 @@ def test_a_decline_without_a_reason_is_refused() -> None:
 
 def test_selecting_again_gives_the_cached_choice(install: Install) -> None:
     asked: list[AttentionProblem] = []
-    install("mine", backend("mine", lambda problem: asked.append(problem) or constant_plan(1.0), preference={"cpu": 10}))  # type: ignore[func-returns-value]
+    install(
+        "mine",
+        backend("mine", lambda problem: asked.append(problem) or constant_plan(1.0), preference={"cpu": 10}),
+    )  # type: ignore[func-returns-value]
     problem = AttentionProblem(device=torch.device("cpu"))
     assert select(problem) is select(problem)
     assert len(asked) == 1

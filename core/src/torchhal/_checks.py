@@ -11,7 +11,10 @@ from torchhal.operands import AttentionOperands
 _SHAPES = {
     "dense": (4, "query (B, Hq, L, E), key (B, Hkv, S, E), value (B, Hkv, S, Ev)"),
     "varlen": (3, "query (T, Hq, E), key (Tk, Hkv, E), value (Tk, Hkv, Ev)"),
-    "paged": (4, "query (B, Hq, L, E), key_pages (P, Hkv, page_size, E), value_pages (P, Hkv, page_size, Ev)"),
+    "paged": (
+        4,
+        "query (B, Hq, L, E), key_pages (P, Hkv, page_size, E), value_pages (P, Hkv, page_size, Ev)",
+    ),
 }
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +44,9 @@ def _type_fault(query: Tensor, key: Tensor, value: Tensor) -> str:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in FLOATING:
             known = ", ".join(str(t) for t in FLOATING)
-            return f"{name} expects a floating type ({known}) and has {tensor.dtype}; convert it with .to(...)"
+            return (
+                f"{name} expects a floating type ({known}) and has {tensor.dtype}; convert it with .to(...)"
+            )
         if tensor.device != query.device:
             return f"query is on {query.device} and {name} on {tensor.device}; move them to one device"
     return ""
@@ -80,7 +85,9 @@ def mask_fault(mask: Tensor, query: Tensor, key: Tensor) -> str:
     if mask.device != query.device:
         return f"query is on {query.device} and attn_mask on {mask.device}; move them to one device"
     full = (*query.shape[:3], key.shape[2])
-    fits = mask.dim() <= 4 and all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False))
+    fits = mask.dim() <= 4 and all(
+        m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
     if not fits:
         return f"attn_mask must broadcast to (B, Hq, L, S) = {tuple(full)} and is {_shape(mask)}"
     return ""
@@ -92,10 +99,14 @@ def check_varlen(query: Tensor, key: Tensor, operands: AttentionOperands) -> Non
     for name, tensor in lengths:
         _check_index_tensor(name, tensor, query, 1, "(B + 1,)")
         if tensor is not None and tensor.shape[0] < 1:
-            raise InvalidProblem(f"{name} expects B + 1 cumulative lengths, at least the leading 0, and is empty")
+            raise InvalidProblem(
+                f"{name} expects B + 1 cumulative lengths, at least the leading 0, and is empty"
+            )
     first, second = (t.shape[0] for _, t in lengths if t is not None)
     if first != second:
-        raise InvalidProblem(f"cu_seqlens_q and cu_seqlens_k count the same sequences, and have {first} and {second} entries")
+        raise InvalidProblem(
+            f"cu_seqlens_q and cu_seqlens_k count the same sequences, and have {first} and {second} entries"
+        )
 
 
 def check_paged(query: Tensor, key: Tensor, operands: AttentionOperands) -> None:
@@ -104,18 +115,26 @@ def check_paged(query: Tensor, key: Tensor, operands: AttentionOperands) -> None
     _check_index_tensor("seq_lens", operands.seq_lens, query, 1, "(B,)")
     for name, tensor in (("page_table", operands.page_table), ("seq_lens", operands.seq_lens)):
         if tensor is not None and tensor.shape[0] != query.shape[0]:
-            raise InvalidProblem(f"query has batch size {query.shape[0]} and {name} {tensor.shape[0]}; each sequence needs one row")
+            raise InvalidProblem(
+                f"query has batch size {query.shape[0]} and {name} {tensor.shape[0]}; each sequence needs one row"
+            )
     if key.shape[2] == 0:
-        raise InvalidProblem(f"key_pages has a page size of 0: {_shape(key)}; a page holds at least one token")
+        raise InvalidProblem(
+            f"key_pages has a page size of 0: {_shape(key)}; a page holds at least one token"
+        )
 
 
 def _check_index_tensor(name: str, tensor: Tensor | None, query: Tensor, rank: int, shape: str) -> None:
     if not isinstance(tensor, Tensor):
         raise InvalidProblem(f"{name} expects an int32 tensor {shape} and got {type(tensor).__name__}")
     if tensor.dim() != rank or tensor.dtype is not torch.int32:
-        raise InvalidProblem(f"{name} expects an int32 tensor {shape} and got {tensor.dtype} {_shape(tensor)}; convert it with .to(torch.int32)")
+        raise InvalidProblem(
+            f"{name} expects an int32 tensor {shape} and got {tensor.dtype} {_shape(tensor)}; convert it with .to(torch.int32)"
+        )
     if tensor.device != query.device:
-        raise InvalidProblem(f"query is on {query.device} and {name} on {tensor.device}; move them to one device")
+        raise InvalidProblem(
+            f"query is on {query.device} and {name} on {tensor.device}; move them to one device"
+        )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -59,7 +59,20 @@ _recipes: dict[object, _Recipe | None] = fast_cache()
 _LIMIT = 4096
 _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift")
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and_",
+        "or_",
+        "xor",
+        "lshift",
+        "rshift",
+    )
 }
 
 
@@ -98,7 +111,9 @@ def _twin(fn: Callable[..., Any]) -> Callable[..., Any] | None:
 
 def function(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> Function:
     """``fn`` and its keyword arguments, with the key under which captures of it are remembered."""
-    named = tuple(sorted((name, type(value), repr(value)) for name, value in kwargs.items())) if kwargs else ()
+    named = (
+        tuple(sorted((name, type(value), repr(value)) for name, value in kwargs.items())) if kwargs else ()
+    )
     if any(kind not in _PLAIN for _, kind, _ in named):
         return Function(fn, kwargs)
     if isinstance(fn, BUILTINS):
@@ -184,7 +199,11 @@ def _remembered(fn: Function, slots: tuple[Slot, ...]) -> Captured | None:
     recipe = None if fn.key is None else _recipes.get(_recipe_key(fn, slots))
     if recipe is None:
         return None
-    return replace(recipe.captured, tensors=tuple(fn.tensors[i] for i in recipe.places)) if recipe.places else recipe.captured
+    return (
+        replace(recipe.captured, tensors=tuple(fn.tensors[i] for i in recipe.places))
+        if recipe.places
+        else recipe.captured
+    )
 
 
 def _remember(fn: Function, slots: tuple[Slot, ...], captured: Captured) -> None:
@@ -206,14 +225,18 @@ def _capture(fn: Function, slots: tuple[Slot, ...], keep: bool = True) -> Captur
     for tensor in captured.tensors:
         if tensor.dim():
             advice = "pass it as an operand, in a list with one tensor for each position"
-            raise CaptureError(f"a {WHAT} may capture 0-dim tensors, and this one captures one of shape {tuple(tensor.shape)}; {advice}")
+            raise CaptureError(
+                f"a {WHAT} may capture 0-dim tensors, and this one captures one of shape {tuple(tensor.shape)}; {advice}"
+            )
     if keep:
         _remember(fn, slots, captured)
     return captured
 
 
 def _invoke(fn: Callable[..., Any], arguments: list[Any], kwargs: Mapping[str, Any]) -> Any:
-    if isinstance(fn, MethodDescriptorType) and isinstance(arguments[0], Value):  # torch.Tensor.add takes tensors alone
+    if isinstance(fn, MethodDescriptorType) and isinstance(
+        arguments[0], Value
+    ):  # torch.Tensor.add takes tensors alone
         return getattr(arguments[0], fn.__name__)(*arguments[1:], **kwargs)
     return fn(*arguments, **kwargs)
 
@@ -246,7 +269,9 @@ def check_signature(fn: Callable[..., Any], operands: int, kwargs: Mapping[str, 
     try:
         signature.bind(*range(operands), **kwargs)
     except TypeError as error:
-        raise InvalidProblem(f"{name_of(fn)}{signature} can not be called with {operands} operands: {error}") from None
+        raise InvalidProblem(
+            f"{name_of(fn)}{signature} can not be called with {operands} operands: {error}"
+        ) from None
 
 
 def _unknown_keywords(fn: Callable[..., Any], unknown: list[str], known: list[str]) -> str:

@@ -34,10 +34,14 @@ def arrange(operands: Sequence[Any]) -> tuple[list[Entry], int]:
     lengths = [len(entry.content) for entry in entries if entry.how != "scalar"]
     if not any(entry.how == "list" for entry in entries) and not (lengths and lengths[0] == 0):
         shown = ", ".join(type(o).__name__ for o in operands) or "no operands"
-        raise InvalidProblem(f"foreach_map expects at least one list of tensors among its operands and got {shown}")
+        raise InvalidProblem(
+            f"foreach_map expects at least one list of tensors among its operands and got {shown}"
+        )
     if len(set(lengths)) > 1:
         shown = ", ".join(str(length) for length in lengths)
-        raise InvalidProblem(f"the lists of foreach_map must have one length, and have {shown}; nothing is cut or repeated")
+        raise InvalidProblem(
+            f"the lists of foreach_map must have one length, and have {shown}; nothing is cut or repeated"
+        )
     return entries, lengths[0]
 
 
@@ -47,7 +51,9 @@ def _entry(index: int, operand: Any) -> Entry:
     if isinstance(operand, Tensor):
         if operand.dim():
             advice = "pass a list of tensors ([x] * n to use one n times), or a 0-dim tensor as a scalar"
-            raise InvalidProblem(f"operand {index} of foreach_map is one tensor of shape {tuple(operand.shape)}; {advice}")
+            raise InvalidProblem(
+                f"operand {index} of foreach_map is one tensor of shape {tuple(operand.shape)}; {advice}"
+            )
         return Entry("scalar", operand)
     return Entry("scalar", _number(index, operand))
 
@@ -57,9 +63,13 @@ def _list_entry(index: int, items: Sequence[Any]) -> Entry:
     if all(issubclass(kind, Tensor) for kind in types):
         return Entry("list", items)
     if not any(issubclass(kind, Tensor) for kind in types):
-        return Entry("scalars", items if types <= set(NUMBER_DTYPES) else [_number(index, item) for item in items])
+        return Entry(
+            "scalars", items if types <= set(NUMBER_DTYPES) else [_number(index, item) for item in items]
+        )
     shown = ", ".join(sorted(kind.__name__ for kind in types))
-    raise InvalidProblem(f"a list of foreach_map holds tensors or numbers, not both; operand {index} holds {shown}")
+    raise InvalidProblem(
+        f"a list of foreach_map holds tensors or numbers, not both; operand {index} holds {shown}"
+    )
 
 
 def _number(index: int, item: Any) -> Number:
@@ -117,11 +127,19 @@ def slots_of_nothing(entry: Entry) -> Slot:
 def check_layouts(entries: Sequence[Entry]) -> None:
     """Refuse tensors that are not dense."""
     for index, entry in enumerate(entries):
-        tensors = entry.content if entry.how == "list" else [entry.content] if isinstance(entry.content, Tensor) else []
+        tensors = (
+            entry.content
+            if entry.how == "list"
+            else [entry.content]
+            if isinstance(entry.content, Tensor)
+            else []
+        )
         for tensor in tensors:
             if tensor.is_nested or tensor.layout is not torch.strided:
                 kind = "nested" if tensor.is_nested else tensor.layout
-                raise InvalidProblem(f"operand {index} of foreach_map holds a {kind} tensor; use dense ones, such as its .values()")
+                raise InvalidProblem(
+                    f"operand {index} of foreach_map holds a {kind} tensor; use dense ones, such as its .values()"
+                )
 
 
 def device_at(entries: Sequence[Entry], position: int) -> torch.device:
@@ -131,11 +149,17 @@ def device_at(entries: Sequence[Entry], position: int) -> torch.device:
         InvalidProblem: they are on several devices.
     """
     tensors = [entry.content[position] for entry in entries if entry.how == "list"]
-    tensors += [entry.content for entry in entries if entry.how == "scalar" and isinstance(entry.content, Tensor)]
-    fixed: set[torch.device] = {t.device for t in tensors if t.dim() or t.device.type != "cpu"} or {tensors[0].device}
+    tensors += [
+        entry.content for entry in entries if entry.how == "scalar" and isinstance(entry.content, Tensor)
+    ]
+    fixed: set[torch.device] = {t.device for t in tensors if t.dim() or t.device.type != "cpu"} or {
+        tensors[0].device
+    }
     if len(fixed) > 1:
         shown = " and ".join(sorted(map(str, fixed)))
-        raise InvalidProblem(f"the tensors at position {position} of the lists are on {shown}; move them to one device")
+        raise InvalidProblem(
+            f"the tensors at position {position} of the lists are on {shown}; move them to one device"
+        )
     (device,) = fixed
     return device
 
@@ -160,5 +184,7 @@ def check_shapes(entries: Sequence[Entry]) -> bool:
             torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
         except RuntimeError:
             shown = ", ".join(str(tuple(shape)) for shape in shapes)
-            raise InvalidProblem(f"the tensors at position {position} of the lists do not broadcast: their shapes are {shown}") from None
+            raise InvalidProblem(
+                f"the tensors at position {position} of the lists do not broadcast: their shapes are {shown}"
+            ) from None
     return False

@@ -67,7 +67,14 @@ def _signature(operands: Sequence[Any], grad: bool) -> tuple[object, ...] | None
 
 def plainly_disjoint(written: Sequence[Tensor], operands: Sequence[Any]) -> bool:
     """Whether contiguous tensors that share nothing are all there is; False where a closer look is needed."""
-    lists = [written, *(o for o in operands if o is not written and isinstance(o, (list, tuple)) and isinstance(o[0], Tensor))]
+    lists = [
+        written,
+        *(
+            o
+            for o in operands
+            if o is not written and isinstance(o, (list, tuple)) and isinstance(o[0], Tensor)
+        ),
+    ]
     tensors = [tensor for items in lists for tensor in items] + [o for o in operands if isinstance(o, Tensor)]
     if not all([t.is_contiguous() for t in tensors]):  # noqa: C419
         return False

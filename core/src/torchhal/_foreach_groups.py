@@ -33,7 +33,9 @@ def grouped(fn: Function, entries: Sequence[Entry], length: int) -> list[Group]:
     devices = {t.device for entry in entries if entry.how == "list" for t in entry.content}
     if slots is not None and len(devices) == 1:
         captured, taken = captured_by(fn, slots)
-        if all(slot.number is None or entry.how == "scalar" for slot, entry in zip(taken, entries, strict=True)):
+        if all(
+            slot.number is None or entry.how == "scalar" for slot, entry in zip(taken, entries, strict=True)
+        ):
             return [_group(devices.pop(), (captured,), taken, entries)]
     return _grouped_one_by_one(fn, entries, length)
 
@@ -45,14 +47,23 @@ def _grouped_one_by_one(fn: Function, entries: Sequence[Entry], length: int) -> 
         captured, taken = captured_by(fn, slots_at(entries, position))
         device = device_at(entries, position)
         # A backend finds a position's graph by its element types, so whatever else tells graphs apart is a group's.
-        key = (device, tuple((s.kind, repr(s.number)) for s in taken), tuple(map(id, captured.tensors)), captured.structure)
+        key = (
+            device,
+            tuple((s.kind, repr(s.number)) for s in taken),
+            tuple(map(id, captured.tensors)),
+            captured.structure,
+        )
         graphs.setdefault(key, {}).setdefault(tuple(s.dtype for s in taken), captured)
         found.setdefault(key, (device, taken, []))[2].append(position)
     returned = {(c.structure, len(c.graph.outputs)) for group in graphs.values() for c in group.values()}
     if len(returned) > 1:
-        raise InvalidProblem("the function of foreach_map returns another number of values at some positions than at others")
+        raise InvalidProblem(
+            "the function of foreach_map returns another number of values at some positions than at others"
+        )
     return [
-        _group(device, tuple(graphs[key].values()), taken, entries, None if len(found) == 1 else tuple(positions))
+        _group(
+            device, tuple(graphs[key].values()), taken, entries, None if len(found) == 1 else tuple(positions)
+        )
         for key, (device, taken, positions) in found.items()
     ]
 
@@ -72,7 +83,9 @@ def captured_by(fn: Function, slots: tuple[Slot, ...]) -> tuple[Captured, tuple[
     except (CaptureError, TypeError) as error:
         check_signature(fn.call, len(slots), fn.kwargs)
         if isinstance(error, TypeError) and isinstance(fn.call, BUILTINS):
-            raise InvalidProblem(f"{name_of(fn.call)} does not take these operands and keywords: {error}") from None
+            raise InvalidProblem(
+                f"{name_of(fn.call)} does not take these operands and keywords: {error}"
+            ) from None
         raise
 
 

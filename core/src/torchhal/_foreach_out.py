@@ -23,10 +23,14 @@ def destinations(out: Any, structure: str, outputs: int, length: int) -> tuple[S
     wanted = f"a tuple of {outputs} lists" if structure == "tuple" else "a list"
     lists = tuple(out) if structure == "tuple" and isinstance(out, (tuple, list)) else (out,)
     if len(lists) != outputs or not all(isinstance(items, (list, tuple)) for items in lists):
-        raise InvalidProblem(f"out expects {wanted} of tensors, as the function returns, and got {_shown(out)}")
+        raise InvalidProblem(
+            f"out expects {wanted} of tensors, as the function returns, and got {_shown(out)}"
+        )
     for items in lists:
         if len(items) != length:
-            raise InvalidProblem(f"out must be as long as the operands, {length} tensors, and a list of it has {len(items)}")
+            raise InvalidProblem(
+                f"out must be as long as the operands, {length} tensors, and a list of it has {len(items)}"
+            )
         if not all(isinstance(t, Tensor) for t in items):
             raise InvalidProblem(f"out expects {wanted} of tensors and got {_shown(items)}")
     return lists
@@ -34,11 +38,15 @@ def destinations(out: Any, structure: str, outputs: int, length: int) -> tuple[S
 
 def _shown(item: Any) -> str:
     if isinstance(item, (list, tuple)):
-        return f"a {type(item).__name__} of {', '.join(sorted({type(i).__name__ for i in item})) or 'nothing'}"
+        return (
+            f"a {type(item).__name__} of {', '.join(sorted({type(i).__name__ for i in item})) or 'nothing'}"
+        )
     return type(item).__name__
 
 
-def fits_plainly(graph: Graph, device: torch.device, entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]) -> bool:
+def fits_plainly(
+    graph: Graph, device: torch.device, entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]
+) -> bool:
     """Whether every destination has the shape of the operands, which is one, and nothing else stands in the way."""
     shapes = next([t.shape for t in entry.content] for entry in entries if entry.how == "list")
     grad = torch.is_grad_enabled()
@@ -69,7 +77,9 @@ def check_fit(
     shapes = shapes_at(entries, position)
     for dtype, needed, destination in zip(graph.output_dtypes, depends_on(graph), found, strict=True):
         if destination.device != device:
-            raise InvalidProblem(f"the result at position {position} is on {device} and its destination on {destination.device}")
+            raise InvalidProblem(
+                f"the result at position {position} is on {device} and its destination on {destination.device}"
+            )
         if not torch.can_cast(dtype, destination.dtype):
             held = f"{destination.dtype}, which can not hold it; convert inside the function, or pass a destination of that type"
             raise InvalidProblem(f"the result at position {position} is {dtype} and its destination {held}")
@@ -84,7 +94,9 @@ def _check_shape(position: int, shape: torch.Size, wanted: torch.Size) -> None:
     except RuntimeError:
         fits = False
     if not fits:
-        raise InvalidProblem(f"the result at position {position} has the shape {tuple(shape)} and its destination {tuple(wanted)}")
+        raise InvalidProblem(
+            f"the result at position {position} has the shape {tuple(shape)} and its destination {tuple(wanted)}"
+        )
 
 
 # ---------------------------------------------------------------------------- aliasing
@@ -111,7 +123,9 @@ def check_aliasing(entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]) 
         for position, tensor in enumerate(items):
             _add(spans, tensor, position, True)
             if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
-                raise InvalidProblem(f"the destination at position {position} is expanded: its elements share memory; clone it")
+                raise InvalidProblem(
+                    f"the destination at position {position} is expanded: its elements share memory; clone it"
+                )
     for entry in entries:
         if entry.how == "list":
             for position, tensor in enumerate(entry.content):
@@ -129,7 +143,9 @@ def _add(spans: list[_Span], tensor: Tensor, position: int, written: bool) -> No
     if tensor.is_contiguous():
         length = tensor.nbytes
     else:
-        furthest = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        furthest = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         length = (furthest + 1) * tensor.element_size()
     spans.append(_Span(start, start + length, len(spans), tensor, position, written))
 
@@ -148,7 +164,11 @@ def _sweep(spans: list[_Span]) -> None:
 def _conflict(one: _Span, other: _Span) -> bool:
     if one.tensor.device != other.tensor.device:
         return False
-    if not (one.written and other.written) and one.position == other.position and _same(one.tensor, other.tensor):
+    if (
+        not (one.written and other.written)
+        and one.position == other.position
+        and _same(one.tensor, other.tensor)
+    ):
         return False
     return _share_elements(one, other)
 
@@ -170,7 +190,12 @@ def _addresses(span: _Span) -> Tensor:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+        other.dtype,
+    )
 
 
 def _conflict_text(written: _Span, other: _Span) -> str:

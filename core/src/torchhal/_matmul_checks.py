@@ -49,7 +49,9 @@ def shape_fault(a: Sequence[int], b: Sequence[int], bias: Sequence[int] | None, 
         return f"the batch dimensions of a and b must broadcast, and are {tuple(a[:-2])} of {tuple(a)} and {tuple(b[:-2])} of {tuple(b)}"
     columns = b[-1] if len(b) > 1 else 1
     if bias is not None and tuple(bias) != (columns,):
-        hint = "; add other shapes in an epilogue that captures them, such as lambda v, b, m, n: v + bias[m, n]"
+        hint = (
+            "; add other shapes in an epilogue that captures them, such as lambda v, b, m, n: v + bias[m, n]"
+        )
         return f"bias expects the shape (N,) = ({columns},), the columns of b, and has {tuple(bias)}{hint}"
     return ""
 
@@ -58,7 +60,9 @@ def _inner_fault(a: Sequence[int], b: Sequence[int], packed: bool) -> str:
     inner = b[-2] if len(b) > 1 else b[0]
     hint = ""
     if len(b) > 1 and a[-1] == b[-1]:
-        hint = "; pack it with transposed=True" if packed else "; pass b.mT if its rows are the output's columns"
+        hint = (
+            "; pack it with transposed=True" if packed else "; pass b.mT if its rows are the output's columns"
+        )
     kind = "packed weight b" if packed else "b"
     return f"a {tuple(a)} has rows of {a[-1]} elements and {kind} {tuple(b)} columns of {inner}; both are K and must be equal{hint}"
 

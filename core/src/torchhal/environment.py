@@ -13,7 +13,10 @@ from torchhal.hookspecs import FAMILIES
 
 VARIABLES: Final = {
     "TORCHHAL_BACKEND": "Backend for every family: one name, or names separated by commas, tried in that order.",
-    **{f"TORCHHAL_{f.upper()}_BACKEND": f"The same, for the {f} family alone; stronger than TORCHHAL_BACKEND." for f in FAMILIES},
+    **{
+        f"TORCHHAL_{f.upper()}_BACKEND": f"The same, for the {f} family alone; stronger than TORCHHAL_BACKEND."
+        for f in FAMILIES
+    },
     "TORCHHAL_STRICT": "1 makes every fallback of an automatic choice an error; 0 (the default) warns once.",
     "TORCHHAL_PLUGINS": "Entry points to load, separated by commas; empty loads none. Unset: all.",
     "TORCHHAL_LOCK": "Path of the selection lock file that `torchhal tune` writes; empty: use none.",
@@ -42,7 +45,9 @@ def preferred_backends(family: str) -> tuple[list[str], str] | None:
             continue
         names = [name.strip() for name in value.split(",")]
         if not all(names):
-            raise ConfigurationError(f"{variable} expects a backend or names separated by commas and is {value!r}")
+            raise ConfigurationError(
+                f"{variable} expects a backend or names separated by commas and is {value!r}"
+            )
         return names, variable
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ LEFT_TO_TORCH: Final = object()
 """What :func:`serve` returns, having written nothing, where the policy leaves the call to torch."""
 
 
-def serve(fn: Callable[..., Any], operands: tuple[Any, ...], out: Any, kwargs: dict[str, Any], policy: Policy) -> Any:
+def serve(
+    fn: Callable[..., Any], operands: tuple[Any, ...], out: Any, kwargs: dict[str, Any], policy: Policy
+) -> Any:
     """:func:`foreach_map` in eager mode, under any policy."""
     twin = out_of_place(fn)
     if twin is not None:
@@ -93,7 +95,9 @@ def serve(fn: Callable[..., Any], operands: tuple[Any, ...], out: Any, kwargs: d
     return _run(call, operands, out, policy, key) if common is None else _run_common(common, operands, out)
 
 
-def _common_key(call: Function, operands: tuple[Any, ...], out: Any, policy: Policy) -> tuple[object, ...] | None:
+def _common_key(
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy
+) -> tuple[object, ...] | None:
     """What the plan of a call of the common kind depends on, None for every other call."""
     if call.key is None or call.tensors or not (out is None or (operands and out is operands[0])):
         return None
@@ -114,7 +118,9 @@ def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
     return (results if structure == "tuple" else results[0]) if out is None else out
 
 
-def _run(call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None) -> Any:
+def _run(
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None
+) -> Any:
     """Serve any call; remembers it under ``key`` if it turns out to be of the common kind."""
     entries, length = arrange(operands)
     if length == 0:
@@ -153,32 +159,47 @@ class _Prepared(NamedTuple):
 def _prepare(group: Group, entries: Sequence[Entry], lists: Lists | None, policy: Policy) -> _Prepared:
     operands = [_part(entries[i], group) for i in group.kept]
     captured = tuple(_moved(t, group.device) for t in group.captures[0].tensors)
-    out = lists if lists is None or group.positions is None else tuple([items[p] for p in group.positions] for items in lists)
+    out = (
+        lists
+        if lists is None or group.positions is None
+        else tuple([items[p] for p in group.positions] for items in lists)
+    )
     key = _key(group, operands, captured, out, policy)
     selected = _plans.get(key)
     if selected is None:
         problem = build_problem(group, _learns(operands, out), _any_grad(captured), out is not None)
-        selected = _plans[key] = select(problem, policy.backend, strict=policy.strict, or_torch=policy.or_torch)
+        selected = _plans[key] = select(
+            problem, policy.backend, strict=policy.strict, or_torch=policy.or_torch
+        )
     selected.record()
     return _Prepared(selected, operands, captured, out)
 
 
-def _dispatch(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None) -> tuple[list[Any], ...]:
+def _dispatch(
+    selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None
+) -> tuple[list[Any], ...]:
     """Run the chosen plan."""
     assert selected.plan is not None and selected.run is not None
-    if not selected.plan.traceable and any(is_traced(t) for entry in operands if _is_tensors(entry) for t in entry[:1]):
+    if not selected.plan.traceable and any(
+        is_traced(t) for entry in operands if _is_tensors(entry) for t in entry[:1]
+    ):
         return _traced(selected, operands, captured, out)
     return selected.run(operands, captured, out)  # type: ignore[no-any-return]
 
 
-def _traced(selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None) -> tuple[list[Any], ...]:
+def _traced(
+    selected: Selected, operands: list[Any], captured: tuple[Tensor, ...], out: Lists | None
+) -> tuple[list[Any], ...]:
     """Record the call as one operator; destinations are written after it."""
     from torchhal import ops_families
 
     results = ops_families.foreach_map(selected.route, operands, captured)
     if out is None:
         return results
-    return tuple([t.copy_(r) for t, r in zip(items, values, strict=True)] for items, values in zip(out, results, strict=True))
+    return tuple(
+        [t.copy_(r) for t, r in zip(items, values, strict=True)]
+        for items, values in zip(out, results, strict=True)
+    )
 
 
 def _key(
@@ -201,7 +222,11 @@ def _any_grad(tensors: Sequence[Tensor]) -> bool:
 def _learns(operands: Sequence[Any], out: Lists | None) -> bool:
     if not torch.is_grad_enabled():
         return False
-    lists = [entry if _is_tensors(entry) else [entry] for entry in operands if _is_tensors(entry) or isinstance(entry, Tensor)]
+    lists = [
+        entry if _is_tensors(entry) else [entry]
+        for entry in operands
+        if _is_tensors(entry) or isinstance(entry, Tensor)
+    ]
     return any(_any_grad(items) for items in (*lists, *(out or ())))
 
 
@@ -221,11 +246,15 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
     if tensor.device.type != "cpu":
-        raise InvalidProblem(f"a 0-dim tensor on {tensor.device} is used with tensors on {device}; move it to one of cpu and {device}")
+        raise InvalidProblem(
+            f"a 0-dim tensor on {tensor.device} is used with tensors on {device}; move it to one of cpu and {device}"
+        )
     return tensor.to(device)
 
 
-def _scatter(part: tuple[list[Any], ...], positions: tuple[int, ...] | None, results: tuple[list[Any], ...]) -> None:
+def _scatter(
+    part: tuple[list[Any], ...], positions: tuple[int, ...] | None, results: tuple[list[Any], ...]
+) -> None:
     for values, target in zip(part, results, strict=True):
         for value, position in zip(values, positions or (), strict=True):
             target[position] = value
@@ -254,7 +283,9 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
         "captured_gradient": captured_learn,
     }
     features = frozenset(name for name, wanted in asked.items() if wanted)
-    return ForeachProblem(device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place)
+    return ForeachProblem(
+        device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place
+    )
 
 
 # ---------------------------------------------------------------------------- destinations
@@ -263,17 +294,28 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
 def _in_place_target(fn: Callable[..., Any], operands: Sequence[Any], out: Any) -> Any:
     if out is not None:
         advice = "use the function that does not work in place"
-        raise InvalidProblem(f"{name_of(fn)} writes to its first operand, and out= names other destinations; {advice}")
+        raise InvalidProblem(
+            f"{name_of(fn)} writes to its first operand, and out= names other destinations; {advice}"
+        )
     if not operands or not isinstance(operands[0], (list, tuple)):
         got = type(operands[0]).__name__ if operands else "no operands"
-        raise InvalidProblem(f"{name_of(fn)} writes to its first operand, which must be a list of tensors; got {got}")
+        raise InvalidProblem(
+            f"{name_of(fn)} writes to its first operand, which must be a list of tensors; got {got}"
+        )
     return operands[0]
 
 
-def _checked_out(out: Any, groups: Sequence[Group], entries: Sequence[Entry], equal: bool, length: int) -> Lists:
+def _checked_out(
+    out: Any, groups: Sequence[Group], entries: Sequence[Entry], equal: bool, length: int
+) -> Lists:
     first = groups[0].captures[0]
     lists = destinations(out, first.structure, len(first.graph.outputs), length)
-    if not (equal and len(groups) == 1 and len(groups[0].captures) == 1 and fits_plainly(first.graph, groups[0].device, entries, lists)):
+    if not (
+        equal
+        and len(groups) == 1
+        and len(groups[0].captures) == 1
+        and fits_plainly(first.graph, groups[0].device, entries, lists)
+    ):
         for group in groups:
             kept = [entries[i] for i in group.kept]
             for position in range(length) if group.positions is None else group.positions:

@@ -145,7 +145,11 @@ def translate(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 def _operands(rule: Rule, args: list[Any], kwargs: dict[str, Any]) -> list[Any] | None:
     """The operands in order; None where an argument is missing, unknown, or has another value than it must."""
-    names = [("self",), *([("tensor1",), ("tensor2",)] if rule.shape == "ternary" else []), *([rule.second] if rule.second else [])]
+    names = [
+        ("self",),
+        *([("tensor1",), ("tensor2",)] if rule.shape == "ternary" else []),
+        *([rule.second] if rule.second else []),
+    ]
     for accepted in names[len(args) :]:
         given = [name for name in accepted if name in kwargs]
         if given:
@@ -157,7 +161,10 @@ def _operands(rule: Rule, args: list[Any], kwargs: dict[str, Any]) -> list[Any] 
     if rule.second == ("src",) and len(args) == 3:  # the one keyword that may also be positional
         kwargs["non_blocking"] = args.pop()
     fixed = dict(rule.fixed)
-    known = all(name in fixed and type(value) in (type(fixed[name]), float) and value == fixed[name] for name, value in kwargs.items())
+    known = all(
+        name in fixed and type(value) in (type(fixed[name]), float) and value == fixed[name]
+        for name, value in kwargs.items()
+    )
     return args if known and len(args) == len(names) else None
 
 
@@ -179,7 +186,12 @@ def _acceptable(rule: Rule, index: int, operand: Any, common: bool) -> bool:
 
 
 def _dense(tensor: Any) -> bool:
-    return type(tensor) in _DENSE and tensor.dtype in FLOATS and tensor.layout is torch.strided and not tensor.is_nested
+    return (
+        type(tensor) in _DENSE
+        and tensor.dtype in FLOATS
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
 
 
 def _alike(rule: Rule, lists: Sequence[Sequence[Tensor]], common: bool) -> bool:
@@ -197,11 +209,15 @@ def _exact(rule: Rule, operands: Sequence[Any], in_place: bool) -> bool:
     if not _is_list_of_tensors(first) or len(operands) == 1 or _is_list_of_tensors(last):
         return True
     numbers = last if isinstance(last, (list, tuple)) else [last]
-    if rule.shape == "power":  # the last few elements of a tensor are raised to the double, the others to the float32
+    if (
+        rule.shape == "power"
+    ):  # the last few elements of a tensor are raised to the double, the others to the float32
         return all(_holds(torch.float32, number) for number in numbers)
     if rule.shape == "ternary":
         return first[0].device.type == "cpu" or all(number == 1 for number in numbers)
-    rounded = (rule.fn is torch.mul and in_place) or (rule.fn in (torch.add, torch.sub) and first[0].device.type != "cpu")
+    rounded = (rule.fn is torch.mul and in_place) or (
+        rule.fn in (torch.add, torch.sub) and first[0].device.type != "cpu"
+    )
     halves = {tensor.dtype for tensor in first} & {torch.bfloat16, torch.float16}
     return not rounded or all(_holds(dtype, number) for dtype in halves for number in numbers)
 
@@ -221,7 +237,11 @@ def _served(operands: Sequence[Any], written: Sequence[Tensor] | None, common: b
             check_aliasing(entries, [written])
     except InvalidProblem:
         return False
-    return equal or written is None or all(_covers(entries[0].content[i], entries, i) for i in range(len(written)))
+    return (
+        equal
+        or written is None
+        or all(_covers(entries[0].content[i], entries, i) for i in range(len(written)))
+    )
 
 
 def _covers(destination: Tensor, entries: Sequence[Any], position: int) -> bool:

@@ -51,6 +51,7 @@ PROJECT: Final = "torchhal"
 """pluggy project name; also the entry-point group is ``torchhal.backends``."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
+# mypy: disable-error-code="empty-body"
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks a function of a plugin as an implementation: ``@torchhal.hookimpl``."""
 
@@ -82,14 +83,14 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
     ``Plan.run(query, key, value, attn_mask, scale, operands)`` returns ``out``, or ``(out, lse)`` when
     ``problem.return_lse``. Shapes by ``problem.layout``:
 
-    ========  ===============================  =====================================================
-    layout    query; key, value                ``operands`` (:class:`torchhal.operands.AttentionOperands`)
-    ========  ===============================  =====================================================
-    dense     (B, Hq, L, E); (B, Hkv, S, E|Ev) None, or with the mods' tensors
-    varlen    (T, Hq, E); (Tk, Hkv, E|Ev)      ``cu_seqlens_q``, ``cu_seqlens_k``: (B + 1,) int32
-    paged     (B, Hq, L, E);                   ``page_table`` (B, max_pages) int32, ``seq_lens`` (B,)
-              (P, Hkv, page_size, E|Ev)        int32; query row i sits at seq_lens - L + i
-    ========  ===============================  =====================================================
+    ========  ================================  =====================================================
+    layout    query; key, value                 ``operands`` (:class:`torchhal.operands.AttentionOperands`)
+    ========  ================================  =====================================================
+    dense     (B, Hq, L, E); (B, Hkv, S, E|Ev)  None, or with the mods' tensors
+    varlen    (T, Hq, E); (Tk, Hkv, E|Ev)       ``cu_seqlens_q``, ``cu_seqlens_k``: (B + 1,) int32
+    paged     (B, Hq, L, E);                    ``page_table`` (B, max_pages) int32, ``seq_lens`` (B,)
+              (P, Hkv, page_size, E|Ev)         int32; query row i sits at seq_lens - L + i
+    ========  ================================  =====================================================
 
     ``attn_mask`` is None or broadcastable to (B, Hq, L, S); ``scale`` a float; ``operands.captured`` and
     ``operands.mask_captured`` the captured tensors of ``problem.score_mod`` and ``problem.mask_mod`` in

@@ -88,15 +88,24 @@ def write(registry: Registry, entries: Mapping[str, Mapping[str, Any]], path: Pa
     environment = environment_stamp(registry)
     content = {"format": FORMAT, "environment": environment, "entries": dict(entries)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
         json.dump(content, file, indent=2, sort_keys=True)
     os.replace(file.name, path)
     return Lock(path, environment, dict(entries))
 
 
 def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    changed = [f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}" for key in sorted({*then, *now})]
-    return "; ".join(text for key, text in zip(sorted({*then, *now}), changed, strict=True) if then.get(key) != now.get(key))
+    changed = [
+        f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
+        for key in sorted({*then, *now})
+    ]
+    return "; ".join(
+        text
+        for key, text in zip(sorted({*then, *now}), changed, strict=True)
+        if then.get(key) != now.get(key)
+    )
 
 
 def _processor() -> str:

@@ -99,7 +99,12 @@ def matmul(
 
 
 def pack_weight(
-    weight: Tensor, *, bits: int = 8, group: int | None = None, symmetric: bool = True, transposed: bool = False
+    weight: Tensor,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    symmetric: bool = True,
+    transposed: bool = False,
 ) -> PackedWeight:
     """Quantise a weight once, for :func:`matmul` to multiply by many times.
 
@@ -148,7 +153,11 @@ def _prepare(call: Call) -> tuple[int, int, Selected]:
         left, right = a.shape, b.shape
         rows, columns = len(left), len(right)
         plain = bias is None and rows == 2 and columns == 2 and left[1] == right[0]
-        fault = "" if plain else shape_fault(left, right, None if bias is None else bias.shape, isinstance(b, PackedWeight))
+        fault = (
+            ""
+            if plain
+            else shape_fault(left, right, None if bias is None else bias.shape, isinstance(b, PackedWeight))
+        )
         key = _key(call)
     except (AttributeError, IndexError, RuntimeError):
         fault = operand_fault(*call[:3])
@@ -163,7 +172,11 @@ def _prepare(call: Call) -> tuple[int, int, Selected]:
 
 
 def _dispatch(
-    selected: Selected, a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+    selected: Selected,
+    a: Tensor,
+    b: Tensor | PackedWeight,
+    bias: Tensor | None,
+    operands: MatmulOperands | None,
 ) -> tuple[Tensor, ...]:
     """Run the chosen plan on operands of at least two dimensions."""
     assert selected.plan is not None and selected.run is not None
@@ -195,7 +208,11 @@ def _key(call: Call) -> tuple[object, ...]:
 
 
 def _function_key(function: Captured | None) -> object:
-    return None if function is None else (function.graph, *((t.device, t.requires_grad) for t in function.tensors))
+    return (
+        None
+        if function is None
+        else (function.graph, *((t.device, t.requires_grad) for t in function.tensors))
+    )
 
 
 def _learns(b: Tensor | PackedWeight) -> bool:
@@ -225,7 +242,11 @@ def build_problem(call: Call) -> MatmulProblem:
     """
     a, b, bias, functions, out_dtype, _ = call
     shape = None if bias is None else bias.shape
-    fault = operand_fault(a, b, bias) or shape_fault(a.shape, b.shape, shape, isinstance(b, PackedWeight)) or type_fault(a, b, bias)
+    fault = (
+        operand_fault(a, b, bias)
+        or shape_fault(a.shape, b.shape, shape, isinstance(b, PackedWeight))
+        or type_fault(a, b, bias)
+    )
     for name, function in functions._asdict().items():
         fault = fault or captured_fault(name, () if function is None else function.tensors, a.device)
     if fault:
@@ -266,7 +287,10 @@ def _features(call: Call) -> list[str]:
 
 
 def _out_dtypes(
-    a: Tensor, b: Tensor | PackedWeight, epilogue: Captured | None, out_dtype: torch.dtype | tuple[torch.dtype, ...] | None
+    a: Tensor,
+    b: Tensor | PackedWeight,
+    epilogue: Captured | None,
+    out_dtype: torch.dtype | tuple[torch.dtype, ...] | None,
 ) -> tuple[torch.dtype, ...]:
     found = (element_dtype(a, b),) if epilogue is None else epilogue.graph.output_dtypes
     if out_dtype is None:
@@ -282,7 +306,9 @@ def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     try:
         return torch.promote_types(a, b)
     except RuntimeError as error:  # torch has no promotion for 8-bit floats
-        raise InvalidProblem(f"{a} and {b} have no common type in torch; say the result's with out_dtype=") from error
+        raise InvalidProblem(
+            f"{a} and {b} have no common type in torch; say the result's with out_dtype="
+        ) from error
 
 
 # ---------------------------------------------------------------------------- user functions
@@ -301,20 +327,28 @@ def capture_functions(
 ) -> Functions:
     """Capture the functions of one call; ``dtype`` is :func:`element_dtype`."""
     named = {"a_prologue": a_prologue, "b_prologue": b_prologue, "epilogue": epilogue}
-    captured = Functions(**{name: None if fn is None else _capture(name, fn, dtype) for name, fn in named.items()})
+    captured = Functions(
+        **{name: None if fn is None else _capture(name, fn, dtype) for name, fn in named.items()}
+    )
     for name in ("a_prologue", "b_prologue"):
         function = getattr(captured, name)
         if function is not None and function.structure == "tuple":
-            raise InvalidProblem(f"{name} returns a tuple of {len(function.graph.outputs)}; only an epilogue may return a tuple")
+            raise InvalidProblem(
+                f"{name} returns a tuple of {len(function.graph.outputs)}; only an epilogue may return a tuple"
+            )
     return captured
 
 
 def _capture(name: str, fn: Callable[..., Any], dtype: torch.dtype) -> Captured:
     if not callable(fn):
-        raise InvalidProblem(f"{name} expects a function of (value) or (value, batch, row, col) and got {type(fn).__name__}")
+        raise InvalidProblem(
+            f"{name} expects a function of (value) or (value, batch, row, col) and got {type(fn).__name__}"
+        )
     count = _parameters(fn)
     if count not in (1, 4):
-        raise InvalidProblem(f"{name} takes (value) or (value, batch, row, col), 1 or 4 parameters without a default; it has {count}")
+        raise InvalidProblem(
+            f"{name} takes (value) or (value, batch, row, col), 1 or 4 parameters without a default; it has {count}"
+        )
     return capture_cached(fn, (("value", dtype), *INDICES)[:count], what=name)
 
 
@@ -322,7 +356,9 @@ def _parameters(fn: Callable[..., Any]) -> int:
     if type(fn) is FunctionType and not fn.__code__.co_flags & inspect.CO_VARARGS:
         return fn.__code__.co_argcount - len(fn.__defaults__ or ())
     try:
-        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters.values()
+        parameters = inspect.signature(
+            fn.forward if isinstance(fn, torch.nn.Module) else fn
+        ).parameters.values()
     except ValueError:  # a torch builtin such as torch.relu
         return 1
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

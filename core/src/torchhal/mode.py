@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchhal import mode_foreach, scope
-from torchhal.attention import Call, build_problem, dense_plan, run
+from torchhal.attention import dense_plan
+from torchhal.attention_call import Call, build_problem, run
 from torchhal.errors import InvalidProblem
 from torchhal.registry import registry
 from torchhal.selection import select
@@ -86,8 +87,16 @@ def scaled_dot_product_attention(
     if torch.compiler.is_dynamo_compiling():
         from torchhal import compiled
 
-        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or dropout_p != 0.0 or query.shape[0] != key.shape[0]:
-            return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if (
+            query.dim() != 4
+            or key.dim() != 4
+            or value.dim() != 4
+            or dropout_p != 0.0
+            or query.shape[0] != key.shape[0]
+        ):
+            return _sdpa(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         return compiled.scaled_dot_product_attention(
             mode.backend, mode.strict, query, key, value, attn_mask, is_causal, scale, enable_gqa
         )
@@ -102,7 +111,9 @@ def scaled_dot_product_attention(
             if run_plan is not None:
                 return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)
     elif type(query) is not Tensor and dropout_p == 0.0:
-        return sdpa_traced(mode.backend, mode.strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return sdpa_traced(
+            mode.backend, mode.strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -112,13 +123,20 @@ _math_allowed = torch._C._get_math_sdp_enabled
 
 
 def _other_shapes(
-    mode: Mode | _Settings, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+    mode: Mode | _Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Any:
     """(N, L, E) inputs as one head each; every other shape is torch's business."""
     if query.dim() == key.dim() == value.dim() == 3 and query.shape[0] == key.shape[0]:
         mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
-        heads = (t.unsqueeze(1) for t in (query, key, value))
-        return scaled_dot_product_attention(mode, *heads, mask, 0.0, is_causal, scale).squeeze(1)
+        query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        return scaled_dot_product_attention(mode, query, key, value, mask, 0.0, is_causal, scale).squeeze(1)
     return _sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -131,7 +149,9 @@ def sdpa_traced(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         backend=backend, strict=strict, or_torch=True,
     )  # fmt: skip
-    plain = dropout_p == 0.0 and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)))
+    plain = dropout_p == 0.0 and (
+        attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype))
+    )
     if plain and _flash_allowed() and _math_allowed():
         try:
             problem = build_problem(call)
@@ -169,7 +189,7 @@ class _Settings(NamedTuple):
 
 @functools.cache
 def _with_attention(settings: _Settings) -> Callable[..., Any]:
-    """torch's multi_head_attention_forward with our handler as the attention it calls.
+    """Torch's multi_head_attention_forward with our handler as the attention it calls.
 
     Torch offers the function whole to an active mode and takes the mode off meanwhile, so the attention
     inside would go unseen. Putting the mode back on is no way out: the function would offer itself again, and
@@ -181,7 +201,9 @@ def _with_attention(settings: _Settings) -> Callable[..., Any]:
     changed = {
         "__name__": module.__name__,
         "has_torch_function": lambda tensors: False,
-        "scaled_dot_product_attention": lambda *args, **kwargs: scaled_dot_product_attention(settings, *args, **kwargs),
+        "scaled_dot_product_attention": lambda *args, **kwargs: scaled_dot_product_attention(
+            settings, *args, **kwargs
+        ),
     }
     vars(module).update({**function.__globals__, **changed})
     sys.modules[module.__name__] = module
@@ -203,12 +225,22 @@ def multi_head_attention_forward(mode: Mode, *args: Any, **kwargs: Any) -> Any:
 
 
 def flex_attention(
-    mode: Mode, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: float, kernel_options: Any, *rest: Any
+    mode: Mode,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float,
+    kernel_options: Any,
+    *rest: Any,
 ) -> Any:
     """Serve the operator that torch's flex_attention ends in; returns (out, lse in base 2, row maxima)."""
     from torchhal import mode_flex
 
-    return mode_flex.flex_attention(mode, query, key, value, score_mod, block_mask, scale, kernel_options, *rest)
+    return mode_flex.flex_attention(
+        mode, query, key, value, score_mod, block_mask, scale, kernel_options, *rest
+    )
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, _identity, noop_mask
 
 from torchhal import environment, scope
+from torchhal._tracing import constant_while_tracing
 from torchhal.attention import attention
 from torchhal.problems import AttentionProblem
 from torchhal.reference.attention import score_dtype
@@ -50,7 +51,9 @@ def flex_attention(
     wants_lse = bool(options.get("OUTPUT_LOGSUMEXP", False))
     features = _features(query, key, value, score_mod is not None, masked, wants_lse)
     special = options.get("OUTPUT_MAX", False) or options.get("BACKEND", "AUTO") != "AUTO"
-    if special or not improvable(mode.backend, query.device, query.dtype, features, scope.current.state is scope.current):
+    if special or not improvable(
+        mode.backend, query.device, query.dtype, features, scope.current.state is scope.current
+    ):
         return _flex(query, key, value, score_mod or _identity, block_mask, scale, options, *rest)
     result = attention(
         query,
@@ -96,14 +99,18 @@ def _features(query: Tensor, key: Tensor, value: Tensor, modified: bool, masked:
     return ",".join(names)
 
 
-@torch._dynamo.assume_constant_result
-def improvable(backend: str | None, device: torch.device, dtype: torch.dtype, features: str, unscoped: bool) -> bool:
+@constant_while_tracing
+def improvable(
+    backend: str | None, device: torch.device, dtype: torch.dtype, features: str, unscoped: bool
+) -> bool:
     """Whether someone besides the reference claims such a call, or the user chose who is to serve it."""
     chosen = backend or (None if unscoped else scope.chosen_backend())
     names = [chosen] if chosen else (environment.preferred_backends("attention") or ([], ""))[0]
     if names:
         return any(registry().get(name).info.capabilities.attention is not None for name in names)
     asked = frozenset(features.split(",")) if features else frozenset()
-    problem = AttentionProblem(device=device, features=asked, query_dtype=dtype, key_dtype=dtype, value_dtype=dtype)
+    problem = AttentionProblem(
+        device=device, features=asked, query_dtype=dtype, key_dtype=dtype, value_dtype=dtype
+    )
     others = (b for b in registry().backends.values() if b.name != REFERENCE and b.serves(problem))
     return any(b.info.capabilities.refuse(problem) is None for b in others)

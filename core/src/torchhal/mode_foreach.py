@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchhal import environment, scope
+from torchhal._tracing import constant_while_tracing
 from torchhal.foreach import LEFT_TO_TORCH, Policy
 from torchhal.foreach_torch import TABLE, translate
 from torchhal.registry import REFERENCE, registry
@@ -48,7 +49,7 @@ def _traced(mode: Mode, function: Callable[..., Any], args: Any, kwargs: Any) ->
     return tuple(result) if not in_place else result
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_tracing
 def improvable(backend: str | None, unscoped: bool) -> bool:
     """Whether someone besides the reference claims the foreach family, or the user chose who is to serve it."""
     chosen = backend or (None if unscoped else scope.chosen_backend())

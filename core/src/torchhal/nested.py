@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchhal.attention import Call, Functions, capture_mask_mod, capture_score_mod, operands_of, run
+from torchhal.attention_call import Call, Functions, capture_mask_mod, capture_score_mod, operands_of, run
 from torchhal.errors import InvalidProblem
 
 _HOW = "make one with torch.nested.nested_tensor([...], layout=torch.jagged), each (length, H, E), and transpose(1, 2)"
@@ -34,7 +34,9 @@ def attention(
         InvalidProblem: a tensor is not nested in this way, or a mask of one common shape was given.
     """
     if attn_mask is not None:
-        raise InvalidProblem("attn_mask has one shape and nested sequences have many; say it as a mask_mod of torchhal.varlen_attention")
+        raise InvalidProblem(
+            "attn_mask has one shape and nested sequences have many; say it as a mask_mod of torchhal.varlen_attention"
+        )
     if block_mask is not None:
         raise InvalidProblem(
             "a BlockMask has blocks of one common length and nested sequences have many; pass its mask_mod to torchhal.varlen_attention"
@@ -48,7 +50,19 @@ def attention(
     lengths = {"cu_seqlens_q": lengths_q.to(torch.int32), "cu_seqlens_k": lengths_k.to(torch.int32)}
     operands = operands_of(functions, None, dropout_p, packed_query, **lengths)
     call = Call(
-        packed_query, packed_key, packed_value, None, "varlen", functions, operands, None, is_causal, scale, enable_gqa, return_lse, backend
+        packed_query,
+        packed_key,
+        packed_value,
+        None,
+        "varlen",
+        functions,
+        operands,
+        None,
+        is_causal,
+        scale,
+        enable_gqa,
+        return_lse,
+        backend,
     )
     result = run(call)
     if isinstance(result, tuple):
@@ -61,16 +75,24 @@ def _packed(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
     if not tensor.is_nested or tensor.layout is not torch.jagged:
         raise InvalidProblem(f"query is a nested jagged tensor, so {name} has to be one too; {_HOW}")
     if tensor.dim() != 4:
-        raise InvalidProblem(f"{name} expects a nested tensor of 4 dimensions (B, H, lengths, E) and has {tensor.dim()}; {_HOW}")
+        raise InvalidProblem(
+            f"{name} expects a nested tensor of 4 dimensions (B, H, lengths, E) and has {tensor.dim()}; {_HOW}"
+        )
     by_token = tensor.transpose(1, 2)
     if getattr(by_token, "_ragged_idx", 1) != 1:
         raise InvalidProblem(f"{name} has to be ragged in dimension 2, the sequence; {_HOW}")
     if getattr(by_token, "_lengths", None) is not None:
-        raise InvalidProblem(f"{name} is nested with gaps between its sequences; call .contiguous() on it first")
-    return by_token.values(), by_token.offsets()
+        raise InvalidProblem(
+            f"{name} is nested with gaps between its sequences; call .contiguous() on it first"
+        )
+    return by_token.values(), _offsets(by_token)
+
+
+def _offsets(by_token: Any) -> Tensor:
+    return by_token.offsets()  # type: ignore[no-any-return]
 
 
 def _nested(values: Tensor, like: Tensor) -> Tensor:
     """Packed rows (T, H, ...) as a nested tensor (B, H, lengths, ...) ragged exactly as ``like``."""
-    by_token = torch.nested.nested_tensor_from_jagged(values, like.transpose(1, 2).offsets())
+    by_token = torch.nested.nested_tensor_from_jagged(values, _offsets(like.transpose(1, 2)))
     return by_token.transpose(1, 2)

@@ -44,7 +44,9 @@ class AttentionOperands:
         return {name: tensor for name, tensor in named if tensor is not None}
 
 
-_TENSOR_FIELDS = tuple(f.name for f in fields(AttentionOperands) if f.name not in ("captured", "mask_captured", "dropout_p"))
+_TENSOR_FIELDS = tuple(
+    f.name for f in fields(AttentionOperands) if f.name not in ("captured", "mask_captured", "dropout_p")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class PackedWeight:
         if self.bits not in _STORAGE:
             raise InvalidProblem(f"a packed weight has 8 or 4 bits; got bits={self.bits!r}")
         if not (isinstance(self.group, int) and self.group >= 1):
-            raise InvalidProblem(f"the group of a packed weight is a positive number of rows; got {self.group!r}")
+            raise InvalidProblem(
+                f"the group of a packed weight is a positive number of rows; got {self.group!r}"
+            )
         if not self.dtype.is_floating_point:
             raise InvalidProblem(f"a packed weight dequantises to a floating type; got {self.dtype}")
         rows, columns = self.shape
@@ -134,10 +138,14 @@ class PackedWeight:
         """
         expected = {f.name for f in fields(PackedWeight)}
         if set(state) != expected:
-            raise InvalidProblem(f"the state of a packed weight has the entries {sorted(expected)}; got {sorted(state)}")
+            raise InvalidProblem(
+                f"the state of a packed weight has the entries {sorted(expected)}; got {sorted(state)}"
+            )
         dtype = getattr(torch, str(state["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
-            raise InvalidProblem(f"'dtype' in the state of a packed weight names a torch dtype; got {state['dtype']!r}")
+            raise InvalidProblem(
+                f"'dtype' in the state of a packed weight names a torch dtype; got {state['dtype']!r}"
+            )
         rows, columns = state["shape"]
         return PackedWeight(**{**state, "shape": (int(rows), int(columns)), "dtype": dtype})
 

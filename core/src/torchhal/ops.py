@@ -23,7 +23,7 @@ from torch import Tensor
 from torchhal.problems import Plan, Problem
 from torchhal.selection import Route, fast_cache, select
 
-library = torch.library.Library("torchhal", "DEF")
+library: Any = torch.library.Library("torchhal", "DEF")  # type: ignore[no-untyped-call]
 
 Description = dict[str, Any]
 
@@ -69,12 +69,17 @@ def define(family: str, operator: Operator) -> None:
 
     def forward(tensors: list[Tensor], call: str, problem: str, backend: str) -> list[Tensor]:
         results = _run(family, tensors, call, problem, backend)
-        return [_settle(result, like) for result, like in zip(results, fake(tensors, call, problem, backend), strict=True)]
+        return [
+            _settle(result, like)
+            for result, like in zip(results, fake(tensors, call, problem, backend), strict=True)
+        ]
 
     def fake(tensors: list[Tensor], call: str, problem: str, backend: str) -> list[Tensor]:
         return operator.shapes(planned(problem, backend)[0], tensors, json.loads(call))
 
-    def backward(gradients: list[Tensor | None], wanted: list[int], tensors: list[Tensor], *rest: str) -> list[Tensor]:
+    def backward(
+        gradients: list[Tensor | None], wanted: list[int], tensors: list[Tensor], *rest: str
+    ) -> list[Tensor]:
         return _recompute(family, gradients, wanted, tensors, *rest)
 
     def backward_fake(gradients: Any, wanted: list[int], tensors: list[Tensor], *rest: str) -> list[Tensor]:
@@ -84,7 +89,7 @@ def define(family: str, operator: Operator) -> None:
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torchhal::{name}", formula, lib=library)
     formulas = {"setup_context": _save, "lib": library}
-    torch.library.register_autograd(f"torchhal::{family}", _autograd(family), **formulas)  # type: ignore[arg-type]
+    torch.library.register_autograd(f"torchhal::{family}", _autograd(family), **formulas)
 
 
 def _run(family: str, tensors: Sequence[Tensor], call: str, problem: str, backend: str) -> Sequence[Tensor]:
@@ -119,7 +124,11 @@ def _autograd(family: str) -> Callable[..., tuple[Any, ...]]:
 
 
 def _recompute(
-    family: str, gradients: Sequence[Tensor | None], wanted: Sequence[int], tensors: Sequence[Tensor], *rest: str
+    family: str,
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[int],
+    tensors: Sequence[Tensor],
+    *rest: str,
 ) -> list[Tensor]:
     """Run the call again under autograd and pull the gradients back through it."""
     leaves = [tensor.detach() for tensor in tensors]

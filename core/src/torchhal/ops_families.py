@@ -16,7 +16,7 @@ from torchhal.reference.attention import score_dtype
 from torchhal.selection import Route
 
 if TYPE_CHECKING:
-    from torchhal.attention import Call
+    from torchhal.attention_call import Call
 
 # ---------------------------------------------------------------------------- attention
 
@@ -27,14 +27,22 @@ def attention(route: Route, given: Call, scale: float) -> Tensor | tuple[Tensor,
     if given.attn_mask is not None:
         named.append(("attn_mask", given.attn_mask))
     operands = given.operands or AttentionOperands()
-    named += [("captured", t) for t in operands.captured] + [("mask_captured", t) for t in operands.mask_captured]
+    named += [("captured", t) for t in operands.captured] + [
+        ("mask_captured", t) for t in operands.mask_captured
+    ]
     named += operands.layout().items()
-    description = {"names": [name for name, _ in named], "scale": float(scale), "dropout_p": operands.dropout_p}
+    description = {
+        "names": [name for name, _ in named],
+        "scale": float(scale),
+        "dropout_p": operands.dropout_p,
+    }
     results = call(route, [tensor for _, tensor in named], description)
     return (results[0], results[1]) if given.return_lse else results[0]
 
 
-def _run_attention(plan: Plan, problem: AttentionProblem, tensors: Sequence[Tensor], description: Description) -> Sequence[Tensor]:
+def _run_attention(
+    plan: Plan, problem: AttentionProblem, tensors: Sequence[Tensor], description: Description
+) -> Sequence[Tensor]:
     single: dict[str, Any] = {}
     lists: dict[str, list[Tensor]] = {"captured": [], "mask_captured": []}
     for name, tensor in zip(description["names"], tensors, strict=True):
@@ -67,8 +75,10 @@ def attention_shapes(query: Tensor, key: Tensor, value: Tensor, return_lse: bool
     return [out, query.new_empty(query.shape[:-1], dtype=score_dtype(query.dtype, key.dtype, value.dtype))]
 
 
-def _attention_shapes(problem: AttentionProblem, tensors: Sequence[Tensor], description: Description) -> list[Tensor]:
-    return attention_shapes(*tensors[:3], problem.return_lse)
+def _attention_shapes(
+    problem: AttentionProblem, tensors: Sequence[Tensor], description: Description
+) -> list[Tensor]:
+    return attention_shapes(tensors[0], tensors[1], tensors[2], problem.return_lse)
 
 
 # ---------------------------------------------------------------------------- matmul
@@ -91,7 +101,13 @@ def unpack_tensors(b: Tensor | PackedWeight) -> tuple[list[Tensor], Description 
     if isinstance(b, Tensor):
         return [b], None
     tensors = [b.data, b.scale] + ([] if b.zero is None else [b.zero])
-    return tensors, {"bits": b.bits, "group": b.group, "shape": list(b.shape), "dtype": dtype_name(b.dtype), "zero": b.zero is not None}
+    return tensors, {
+        "bits": b.bits,
+        "group": b.group,
+        "shape": list(b.shape),
+        "dtype": dtype_name(b.dtype),
+        "zero": b.zero is not None,
+    }
 
 
 def pack_tensors(tensors: Iterator[Tensor], packing: Description | None) -> Tensor | PackedWeight:
@@ -102,10 +118,20 @@ def pack_tensors(tensors: Iterator[Tensor], packing: Description | None) -> Tens
     scale = next(tensors)
     zero = next(tensors) if packing["zero"] else None
     rows, columns = packing["shape"]
-    return PackedWeight(first, scale, zero, packing["bits"], packing["group"], (rows, columns), dtype_from_name(packing["dtype"]))
+    return PackedWeight(
+        first,
+        scale,
+        zero,
+        packing["bits"],
+        packing["group"],
+        (rows, columns),
+        dtype_from_name(packing["dtype"]),
+    )
 
 
-def _run_matmul(plan: Plan, problem: MatmulProblem, tensors: Sequence[Tensor], description: Description) -> Sequence[Tensor]:
+def _run_matmul(
+    plan: Plan, problem: MatmulProblem, tensors: Sequence[Tensor], description: Description
+) -> Sequence[Tensor]:
     rest = iter(tensors)
     a, b = next(rest), pack_tensors(rest, description["packing"])
     bias = next(rest) if description["bias"] else None
@@ -113,13 +139,15 @@ def _run_matmul(plan: Plan, problem: MatmulProblem, tensors: Sequence[Tensor], d
     return plan.run(a, b, bias, MatmulOperands(*groups))  # type: ignore[no-any-return]
 
 
-def matmul_shape(a: Tensor, b: Tensor | PackedWeight) -> list[Any]:
+def matmul_shape(a: Tensor | PackedWeight, b: Tensor | PackedWeight) -> list[Any]:
     """(..., M, N) of operands with at least two dimensions."""
-    batch = torch.broadcast_shapes(a.shape[:-2], tuple(b.shape[:-2]))
+    batch = torch.broadcast_shapes(a.shape[:-2], tuple(b.shape[:-2]))  # type: ignore[no-untyped-call]
     return [*batch, a.shape[-2], b.shape[-1]]
 
 
-def _matmul_shapes(problem: MatmulProblem, tensors: Sequence[Tensor], description: Description) -> list[Tensor]:
+def _matmul_shapes(
+    problem: MatmulProblem, tensors: Sequence[Tensor], description: Description
+) -> list[Tensor]:
     rest = iter(tensors)
     a, b = next(rest), pack_tensors(rest, description["packing"])
     return [a.new_empty(matmul_shape(a, b), dtype=dtype) for dtype in problem.out_dtypes]
@@ -128,7 +156,9 @@ def _matmul_shapes(problem: MatmulProblem, tensors: Sequence[Tensor], descriptio
 # ---------------------------------------------------------------------------- foreach
 
 
-def foreach_map(route: Route, operands: Sequence[Any], captured: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+def foreach_map(
+    route: Route, operands: Sequence[Any], captured: Sequence[Tensor]
+) -> tuple[list[Tensor], ...]:
     """Record a foreach call as one operator; results are new tensors."""
     tensors: list[Tensor] = []
     entries: list[Any] = []
@@ -146,7 +176,9 @@ def foreach_map(route: Route, operands: Sequence[Any], captured: Sequence[Tensor
     return tuple(results[start : start + length] for start in range(0, len(results), length))
 
 
-def _foreach_operands(tensors: Sequence[Tensor], description: Description) -> tuple[list[Any], tuple[Tensor, ...]]:
+def _foreach_operands(
+    tensors: Sequence[Tensor], description: Description
+) -> tuple[list[Any], tuple[Tensor, ...]]:
     rest = iter(tensors)
     operands: list[Any] = []
     for entry in description["operands"]:
@@ -159,12 +191,16 @@ def _foreach_operands(tensors: Sequence[Tensor], description: Description) -> tu
     return operands, tuple(rest)
 
 
-def _run_foreach(plan: Plan, problem: ForeachProblem, tensors: Sequence[Tensor], description: Description) -> Sequence[Tensor]:
+def _run_foreach(
+    plan: Plan, problem: ForeachProblem, tensors: Sequence[Tensor], description: Description
+) -> Sequence[Tensor]:
     results = plan.run(*_foreach_operands(tensors, description), None)
     return [tensor for values in results for tensor in values]
 
 
-def _foreach_shapes(problem: ForeachProblem, tensors: Sequence[Tensor], description: Description) -> list[Tensor]:
+def _foreach_shapes(
+    problem: ForeachProblem, tensors: Sequence[Tensor], description: Description
+) -> list[Tensor]:
     """The reference, run on the fake tensors themselves, knows the shapes, types and strides."""
     from torchhal.reference.foreach import foreach_map as reference
 

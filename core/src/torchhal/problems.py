@@ -145,7 +145,10 @@ class ForeachProblem(Problem):
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
         # A number stands in its graph as float64 or int64, which no tensor of the call needs to be.
-        listed = [[i.dtype for i, how in zip(g.inputs, self.operands, strict=True) if how == "list"] for g in self.functions]
+        listed = [
+            [i.dtype for i, how in zip(g.inputs, self.operands, strict=True) if how == "list"]
+            for g in self.functions
+        ]
         return frozenset(dtype for types in listed for dtype in types)
 
 
@@ -225,7 +228,9 @@ class Decline:
 
     def __post_init__(self) -> None:
         if not self.code or not self.reason:
-            raise InvalidProblem(f"a Decline needs a code and a reason; got code={self.code!r}, reason={self.reason!r}")
+            raise InvalidProblem(
+                f"a Decline needs a code and a reason; got code={self.code!r}, reason={self.reason!r}"
+            )
 
     def __str__(self) -> str:
         return f"{self.reason} [{self.code}]"

@@ -82,14 +82,19 @@ class Backend:
             return Decline("unclaimed_family", f"has no plan for this {problem.family} problem")
         answer = answers[0]
         if not isinstance(answer, (Plan, Decline)):
-            return Decline("hook_error", f"hook {name} of backend '{self.name}' returned {answer!r} instead of a Plan or a Decline")
+            return Decline(
+                "hook_error",
+                f"hook {name} of backend '{self.name}' returned {answer!r} instead of a Plan or a Decline",
+            )
         return answer
 
 
 class Registry:
     """Every backend of this process, by name, and every load failure."""
 
-    def __init__(self, backends: Mapping[str, Backend], failures: Mapping[str, LoadFailure], excluded: tuple[str, ...]) -> None:
+    def __init__(
+        self, backends: Mapping[str, Backend], failures: Mapping[str, LoadFailure], excluded: tuple[str, ...]
+    ) -> None:
         self.backends = dict(backends)
         self.failures = dict(failures)
         self.excluded = excluded
@@ -105,7 +110,9 @@ class Registry:
         if name in self.backends:
             return self.backends[name]
         if name in self.failures:
-            raise BackendLoadError(f"backend '{name}' is installed and can not be used: {self.failures[name]}")
+            raise BackendLoadError(
+                f"backend '{name}' is installed and can not be used: {self.failures[name]}"
+            )
         raise BackendNotFound(self._not_found(name))
 
     def _not_found(self, name: str) -> str:
@@ -118,7 +125,9 @@ class Registry:
         if extra in known:
             lines.append(f'To install it: pip install "torchhal[{extra}]".')
         else:
-            lines.append(f'Backends torchhal knows by name: {", ".join(known)}; pip install "torchhal[NAME]" adds one.')
+            lines.append(
+                f'Backends torchhal knows by name: {", ".join(known)}; pip install "torchhal[NAME]" adds one.'
+            )
         return "\n".join(lines)
 
 
@@ -176,7 +185,10 @@ def load() -> Registry:
             failures[point.name] = outcome
     for name in sorted((wanted or set()) - {*backends, *failures}):
         failures[name] = LoadFailure(
-            name, "no distribution", "import", f"TORCHHAL_PLUGINS names it and no installed entry point in {ENTRY_POINT_GROUP} is called so"
+            name,
+            "no distribution",
+            "import",
+            f"TORCHHAL_PLUGINS names it and no installed entry point in {ENTRY_POINT_GROUP} is called so",
         )
     return Registry(backends, failures, tuple(excluded))
 
@@ -193,7 +205,9 @@ def _load_entry_point(point: metadata.EntryPoint, taken: Mapping[str, Backend]) 
     distribution = point.dist.name if point.dist else "an unknown distribution"
     if point.name in taken:
         other = taken[point.name].distribution
-        return LoadFailure(point.name, distribution, "identity", f"the name is taken by {other}; uninstall one of them")
+        return LoadFailure(
+            point.name, distribution, "identity", f"the name is taken by {other}; uninstall one of them"
+        )
     try:
         plugin = point.load()
     except BaseException as error:  # an import can fail with anything, SystemExit included
@@ -227,11 +241,15 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
     known = [name for name in vars(hookspecs) if name.startswith("torchhal_")]
     for caller in manager.get_hookcallers(plugin) or ():
         if not caller.has_spec():
-            raise TypeError(f"implements the unknown hook '{caller.name}'; hooks of specification {SPEC_VERSION} are {', '.join(known)}")
+            raise TypeError(
+                f"implements the unknown hook '{caller.name}'; hooks of specification {SPEC_VERSION} are {', '.join(known)}"
+            )
     for name in known:
         function = getattr(plugin, name, None)
         if callable(function) and not hasattr(function, f"{hookspecs.PROJECT}_impl"):
-            raise TypeError(f"its function '{name}' is not marked with @torchhal.hookimpl, so it would never be called")
+            raise TypeError(
+                f"its function '{name}' is not marked with @torchhal.hookimpl, so it would never be called"
+            )
 
 
 def _identity_problem(name: str, answers: list[Any]) -> tuple[str, str] | None:
@@ -246,7 +264,10 @@ def _identity_problem(name: str, answers: list[Any]) -> tuple[str, str] | None:
     except InvalidSpecifier:
         return "version", f"its specification range {info.spec!r} is not of the form '>=1.0,<2'"
     if not accepts:
-        return "version", f"it was written for hook specification {info.spec} and this core has {SPEC_VERSION}; upgrade whichever is older"
+        return (
+            "version",
+            f"it was written for hook specification {info.spec} and this core has {SPEC_VERSION}; upgrade whichever is older",
+        )
     return None
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torchhal.errors import InvalidProblem
 
+
 class State(NamedTuple):
     """What is chosen around this code; absent altogether outside every block."""
 
@@ -31,7 +32,7 @@ STATE: ContextVar[State] = ContextVar("torchhal_state")
 
 class _Scope(types.ModuleType):
     # ContextVar.get(default) is called with this module as its default: "nothing chosen" reads as the module.
-    state = property(STATE.get)  # type: ignore[arg-type]
+    state = property(STATE.get)
 
 
 current: Any = _Scope("torchhal.scope.current")
@@ -79,7 +80,9 @@ def use(backend: str) -> Iterator[None]:
     from torchhal.registry import registry
 
     if not isinstance(backend, str):
-        raise InvalidProblem(f"use() expects the name of a backend and got {backend!r}; for example use('reference')")
+        raise InvalidProblem(
+            f"use() expects the name of a backend and got {backend!r}; for example use('reference')"
+        )
     registry().get(backend)
     with changed(backend=backend):
         yield

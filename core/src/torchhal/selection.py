@@ -107,23 +107,25 @@ class _Explained(BaseException):
 
 
 _lock = threading.RLock()
-_selected: dict[tuple[object, ...], Selected] = {}
-_routes: dict[tuple[object, ...], Route] = {}
 _fast_caches: list[dict[Any, Any]] = []
 
 
 def fast_cache() -> dict[Any, Any]:
-    """A dictionary for a family's plan cache, emptied by :func:`reset`."""
+    """A dictionary of choices that :func:`reset` empties."""
     cache: dict[Any, Any] = {}
     _fast_caches.append(cache)
     return cache
+
+
+_selected: dict[tuple[object, ...], Selected] = fast_cache()
+_routes: dict[tuple[object, ...], Route] = fast_cache()
 
 
 def reset() -> None:
     """Forget every plan, route and loaded plugin; environment and lock file are read again when needed."""
     with _lock:
         registry_module.reset()
-        for cache in (_selected, _routes, *_fast_caches):
+        for cache in _fast_caches:
             cache.clear()
 
 
@@ -158,10 +160,14 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
             return error.route
         raise
     name = getattr(fn, "__name__", repr(fn))
-    raise InvalidProblem(f"explain() found no call in {name} that torchhal routes; pass a torchhal function or one that calls attention")
+    raise InvalidProblem(
+        f"explain() found no call in {name} that torchhal routes; pass a torchhal function or one that calls attention"
+    )
 
 
-def select(problem: Problem, backend: str | None = None, *, strict: bool | None = None, or_torch: bool = False) -> Selected:
+def select(
+    problem: Problem, backend: str | None = None, *, strict: bool | None = None, or_torch: bool = False
+) -> Selected:
     """The plan for ``problem`` under the policy, chosen once and cached.
 
     Args:
@@ -176,12 +182,16 @@ def select(problem: Problem, backend: str | None = None, *, strict: bool | None 
     """
     scoped = scope.chosen_backend()
     if isinstance(scoped, _Explaining):
-        raise _Explained(_Selection(problem, backend, str.__str__(scoped) or None, strict, or_torch).run().route)
+        raise _Explained(
+            _Selection(problem, backend, str.__str__(scoped) or None, strict, or_torch).run().route
+        )
     key = (problem, backend, scoped, strict, or_torch)
     selected = _selected.get(key)
     if selected is None:
         with _lock:
-            selected = _selected.get(key) or _Selection(problem, backend, scoped, strict, or_torch).run(announce=True)
+            selected = _selected.get(key) or _Selection(problem, backend, scoped, strict, or_torch).run(
+                announce=True
+            )
             while len(_selected) >= REMEMBERED:
                 oldest = next(iter(_selected))
                 del _selected[oldest], _routes[oldest]
@@ -193,7 +203,9 @@ def select(problem: Problem, backend: str | None = None, *, strict: bool | None 
 class _Selection:
     """One negotiation, from the strongest rule to the weakest."""
 
-    def __init__(self, problem: Problem, argument: str | None, scoped: str | None, strict: bool | None, or_torch: bool) -> None:
+    def __init__(
+        self, problem: Problem, argument: str | None, scoped: str | None, strict: bool | None, or_torch: bool
+    ) -> None:
         self.problem = problem
         self.argument = argument
         self.scoped = scoped
@@ -216,7 +228,9 @@ class _Selection:
         if announce and self.passed_over and not self.strict:
             warnings.warn(self._fallback_text(selected.route), FallbackWarning, stacklevel=4)
         if self.passed_over and self.strict:
-            raise Unsupported(f"strict mode forbids the fallback: {self._fallback_text(selected.route)}", selected.route)
+            raise Unsupported(
+                f"strict mode forbids the fallback: {self._fallback_text(selected.route)}", selected.route
+            )
         return selected
 
     # -- explicit choices
@@ -227,7 +241,9 @@ class _Selection:
         if self.scoped is not None:
             return self._unless_service([self.scoped], f"use({self.scoped!r})")
         chosen = environment.preferred_backends(self.problem.family)
-        return None if chosen is None else self._unless_service(chosen[0], f"{chosen[1]}={','.join(chosen[0])}")
+        return (
+            None if chosen is None else self._unless_service(chosen[0], f"{chosen[1]}={','.join(chosen[0])}")
+        )
 
     def _unless_service(self, names: list[str], rule: str) -> tuple[list[str], str] | None:
         family = self.problem.family
@@ -274,7 +290,9 @@ class _Selection:
                 raise AmbiguousBackends(self._ambiguity_text([name for name, _ in plans], preference))
             if plans:
                 name, plan = plans[0]
-                return self._choose(name, plan, f"preference {preference} for {self.problem.device.type}{self.note}")
+                return self._choose(
+                    name, plan, f"preference {preference} for {self.problem.device.type}{self.note}"
+                )
         route = Route(self.problem, None, "no backend has a plan", declined=tuple(self.declined.items()))
         raise Unsupported(self._refusal_text(route), route)
 
@@ -319,8 +337,16 @@ class _Selection:
             if other != name and other not in self.declined:
                 self.declined[other] = Decline("outranked", f"not asked, {name} was chosen first")
         declined = tuple(self.declined.items())
-        if name == REFERENCE and self.or_torch and self.argument is None and self.scoped is None and not rule.startswith("TORCHHAL"):
-            return _selected_of(None, Route(self.problem, TORCH, rule, "torch's own implementation", declined))
+        if (
+            name == REFERENCE
+            and self.or_torch
+            and self.argument is None
+            and self.scoped is None
+            and not rule.startswith("TORCHHAL")
+        ):
+            return _selected_of(
+                None, Route(self.problem, TORCH, rule, "torch's own implementation", declined)
+            )
         return _selected_of(plan, Route(self.problem, name, rule, plan.description, declined))
 
     # -- texts
@@ -330,7 +356,11 @@ class _Selection:
 
     def _refusal_text(self, route: Route) -> str:
         text = f"{self.problem.summary()} can not be served by {route.rule}.{self._reasons()}"
-        failures = [f"\n  {failure}" for failure in self.registry.failures.values() if failure.name not in self.declined]
+        failures = [
+            f"\n  {failure}"
+            for failure in self.registry.failures.values()
+            if failure.name not in self.declined
+        ]
         advice = "\nChange the call, choose another backend, or let torchhal choose."
         return text + "".join(failures) + advice
 

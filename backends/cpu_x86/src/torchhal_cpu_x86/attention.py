@@ -35,13 +35,24 @@ def _runner(problem: AttentionProblem) -> Callable[..., Any]:
     if problem.mask_dtype is None:
         plain = operators.attention_lse.default if problem.return_lse else operators.attention.default
 
-        def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float, operands: object) -> Any:
+        def run(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None,
+            scale: float,
+            operands: object,
+        ) -> Any:
             return plain(query, key, value, causal, scale)
 
         return run
-    masked = operators.masked_attention_lse.default if problem.return_lse else operators.masked_attention.default
+    masked = (
+        operators.masked_attention_lse.default if problem.return_lse else operators.masked_attention.default
+    )
 
-    def run_masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float, operands: object) -> Any:
+    def run_masked(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float, operands: object
+    ) -> Any:
         return masked(query, key, value, attn_mask, causal, scale)
 
     return run_masked

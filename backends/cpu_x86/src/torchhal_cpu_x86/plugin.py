@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torchhal import BackendInfo, Decline, Plan, hookimpl
 from torchhal.problems import AttentionProblem
-
 from torchhal_cpu_x86 import attention, hardware
 from torchhal_cpu_x86.capabilities import CAPABILITIES
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchhal._text import dtype_name
-from torchhal.attention import Call, build_problem
+from torchhal.attention_call import Call, build_problem
 from torchhal.errors import InvalidProblem
 from torchhal.problems import AttentionProblem
 

@@ -60,7 +60,7 @@ def attention(
 
     A choice never depends on lengths or on the batch size, so that nothing is chosen anew as a sequence grows.
     """
-    from torchhal.attention import Call, build_problem
+    from torchhal.attention_call import Call, build_problem
 
     kind, where = _dtype(dtype), _device(device)
     if mask not in (None, "bool", "float"):

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchhal import scope
-from torchhal.attention import (
+from torchhal.attention_call import (
+    INDICES,
     Call,
     Functions,
-    INDICES,
     block_size_of,
     operands_of,
     run,
     share_batch,
 )
-from torchhal.compiled.call import FAMILIES, Description, Family, Numbers, describe, record
+from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
 from torchhal.mode import sdpa_traced
+from torchhal.ops import Description
 from torchhal.ops_families import attention_shapes
 from torchhal.pointwise import capture
 from torchhal.reference.attention import score_dtype
@@ -45,7 +46,17 @@ def attention(
             if blocks is not None:
                 tensors[name] = blocks
     return _record(
-        "dense", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend, block_size
+        "dense",
+        tensors,
+        score_mod,
+        mask_mod,
+        is_causal,
+        scale,
+        enable_gqa,
+        dropout_p,
+        return_lse,
+        backend,
+        block_size,
     )
 
 
@@ -53,11 +64,13 @@ def scaled_dot_product_attention(
     backend: str | None, strict: bool | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     is_causal: bool, scale: float | None, enable_gqa: bool,
 ) -> Any:  # fmt: skip
-    """torch's own attention under the mode; whether torch keeps it is decided when the node is run."""
+    """Torch's own attention under the mode; whether torch keeps it is decided when the node is run."""
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
-    return _record("dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, backend, None, True, strict)
+    return _record(
+        "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, backend, None, True, strict
+    )
 
 
 def varlen_attention(
@@ -65,8 +78,16 @@ def varlen_attention(
     is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.varlen_attention`."""
-    tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return _record("varlen", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend)
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
+    return _record(
+        "varlen", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
+    )
 
 
 def paged_attention(
@@ -74,8 +95,16 @@ def paged_attention(
     is_causal: bool, scale: float | None, enable_gqa: bool, return_lse: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.paged_attention`."""
-    tensors = {"query": query, "key": key_pages, "value": value_pages, "page_table": page_table, "seq_lens": seq_lens}
-    return _record("paged", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, 0.0, return_lse, backend)
+    tensors = {
+        "query": query,
+        "key": key_pages,
+        "value": value_pages,
+        "page_table": page_table,
+        "seq_lens": seq_lens,
+    }
+    return _record(
+        "paged", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, 0.0, return_lse, backend
+    )
 
 
 def _record(
@@ -85,7 +114,15 @@ def _record(
 ) -> Any:  # fmt: skip
     functions = []
     if score_mod is not None:
-        functions.append((score_mod, [(score_dtype(*[tensors[name].dtype for name in ("query", "key", "value")]), False), *_INDICES]))
+        functions.append(
+            (
+                score_mod,
+                [
+                    (score_dtype(*[tensors[name].dtype for name in ("query", "key", "value")]), False),
+                    *_INDICES,
+                ],
+            )
+        )
     if mask_mod is not None:
         functions.append((mask_mod, _INDICES))
     state = scope.current.state  # read here so that Dynamo guards on it
@@ -99,12 +136,16 @@ def _record(
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def _shapes(call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def _shapes(
+    call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
     named = dict(zip(call["tensors"], tensors, strict=True))
     return attention_shapes(named["query"], named["key"], named["value"], call["return_lse"])
 
 
-def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+def _run(
+    call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]
+) -> Sequence[Tensor]:
     scale, block_size = numbers
     named = dict(zip(call["tensors"], tensors, strict=True))
     query, key, value, attn_mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
@@ -119,15 +160,27 @@ def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functio
     operands = operands_of(captured, None, call["dropout_p"], query, **named)
     result = run(
         Call(
-            query, key, value, attn_mask, call["layout"], captured, operands,
+            query,
+            key,
+            value,
+            attn_mask,
+            call["layout"],
+            captured,
+            operands,
             None if block_size is None else (int(block_size[0]), int(block_size[1])),
-            call["is_causal"], scale, call["enable_gqa"], call["return_lse"], call["backend"],
-        )  # fmt: skip
+            call["is_causal"],
+            scale,
+            call["enable_gqa"],
+            call["return_lse"],
+            call["backend"],
+        )
     )
     return result if isinstance(result, tuple) else (result,)
 
 
-def _capture(call: Description, query: Tensor, key: Tensor, value: Tensor, functions: list[Callable[..., Any]]) -> Functions:
+def _capture(
+    call: Description, query: Tensor, key: Tensor, value: Tensor, functions: list[Callable[..., Any]]
+) -> Functions:
     score, mask = None, None
     if call["has_score_mod"]:
         inputs = (("score", score_dtype(query.dtype, key.dtype, value.dtype)), *INDICES)

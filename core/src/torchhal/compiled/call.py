@@ -24,8 +24,8 @@ from torch._dynamo.variables.higher_order_ops import BaseHOPVariable, _hop_name_
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch.fx import GraphModule, Interpreter, Node
 
+from torchhal._tracing import constant_while_tracing
 from torchhal.ops import Description, library
-
 
 Numbers = tuple[Any, ...]
 """Numbers of a call that Dynamo may keep symbolic."""
@@ -52,7 +52,10 @@ library.define("results(Tensor[] tensors, Tensor[] outputs, int[] counts, str ca
 
 
 def _arguments(like: Tensor, dtypes: list[torch.dtype], numbers: list[bool]) -> list[Tensor]:
-    return [like.new_zeros(() if number else (1,), dtype=dtype) for dtype, number in zip(dtypes, numbers, strict=True)]
+    return [
+        like.new_zeros(() if number else (1,), dtype=dtype)
+        for dtype, number in zip(dtypes, numbers, strict=True)
+    ]
 
 
 def _results(tensors: list[Tensor], outputs: list[Tensor], counts: list[int], call: str) -> list[Tensor]:
@@ -73,17 +76,18 @@ class _Call(BaseHOP):
 
     def __call__(self, body: GraphModule, *operands: Any, call: str, numbers: Numbers) -> tuple[Tensor, ...]:
         if not isinstance(body, GraphModule):  # Dynamo's own look at the function, before it is a graph
-            return super().__call__(body, *operands, call=call, numbers=numbers)  # type: ignore[no-any-return]
+            return super().__call__(body, *operands, call=call, numbers=numbers)
         description = json.loads(call)
         return tuple(FAMILIES[description["family"]].run(description, numbers, *_open(body, operands)))
 
 
-_call = _Call()
+_call: Any = _Call()
 
 
 class _CallVariable(BaseHOPVariable):
     """Dynamo's view of the node. Query, key and value cut from one projection share storage, which is harmless
-    to a call that writes to none of its inputs."""
+    to a call that writes to none of its inputs.
+    """
 
     supports_aliasing = True
 
@@ -91,13 +95,18 @@ class _CallVariable(BaseHOPVariable):
 _hop_name_to_variable_class[_call._name] = _CallVariable
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_tracing
 def describe(**description: Any) -> str:
     """The JSON text of a description; Dynamo runs it while tracing, since all its values are constants."""
     return json.dumps(description, default=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def record(call: str, numbers: Numbers, tensors: list[Tensor], functions: list[tuple[Callable[..., Any], list[Argument]]]) -> Any:
+def record(
+    call: str,
+    numbers: Numbers,
+    tensors: list[Tensor],
+    functions: list[tuple[Callable[..., Any], list[Argument]]],
+) -> Any:
     """Leave one node for a call, from code that Dynamo traces.
 
     Args:
@@ -125,7 +134,12 @@ class _Function:
     """One user function inside the body of a call, callable with the arguments of a capture."""
 
     def __init__(
-        self, body: GraphModule, operands: Sequence[Any], arguments: Sequence[Node], outputs: Sequence[Node], structure: str
+        self,
+        body: GraphModule,
+        operands: Sequence[Any],
+        arguments: Sequence[Node],
+        outputs: Sequence[Node],
+        structure: str,
     ) -> None:
         self.body = body
         self.operands = operands
@@ -146,15 +160,15 @@ class _Slice(Interpreter):
 
     def __init__(self, body: GraphModule, output: Node) -> None:
         super().__init__(body, garbage_collect_values=False)
-        self.output = output
+        self.wanted = output
 
     def evaluate(self, env: dict[Node, Any]) -> Any:
         self.env = env
-        needed = _ancestors(self.output, set(env))
+        needed = _ancestors(self.wanted, set(env))
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if node in needed:
                 env[node] = self.run_node(node)
-        return env[self.output]
+        return env[self.wanted]
 
 
 def _ancestors(node: Node, known: set[Node]) -> set[Node]:
@@ -190,8 +204,6 @@ def _op(name: str) -> tuple[Any, ...]:
 
 def _as_tensor(operand: Any) -> Any:
     """A number that Dynamo keeps symbolic, as the 0-dim tensor a function captures; tensors as they are."""
-    if isinstance(operand, torch.SymInt):
-        return torch.full((), operand, dtype=torch.int64)
-    if isinstance(operand, torch.SymFloat):
-        return torch.full((), operand, dtype=torch.float64)
-    return operand
+    dtypes = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64}
+    dtype = dtypes.get(type(operand))
+    return operand if dtype is None else torch.full((), operand, dtype=dtype)

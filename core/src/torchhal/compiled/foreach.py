@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchhal import scope
 from torchhal._foreach_capture import out_of_place
+from torchhal._tracing import constant_while_tracing
 from torchhal.compiled.call import FAMILIES, Argument, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
 from torchhal.foreach import foreach_map as eager
@@ -50,7 +51,7 @@ def foreach_map(fn: Any, operands: tuple[Any, ...], backend: str | None, keyword
     return out
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_tracing
 def _twin(fn: Any) -> Any:
     return out_of_place(fn)
 
@@ -67,7 +68,9 @@ def _tensors(operand: Any) -> list[Tensor]:
 def _length(operands: tuple[Any, ...]) -> int:
     lengths = [len(operand) for operand in operands if _is_list(operand)]
     if not lengths or min(lengths) != max(lengths):
-        raise InvalidProblem(f"foreach_map expects lists of one length, at least one of them, and got lengths {lengths}")
+        raise InvalidProblem(
+            f"foreach_map expects lists of one length, at least one of them, and got lengths {lengths}"
+        )
     return lengths[0]
 
 
@@ -78,7 +81,12 @@ def _at(operand: Any, position: int) -> Any:
 def _kind(operands: tuple[Any, ...], position: int) -> tuple[Any, ...]:
     """What tells one position's function from another's: element types, 0-dim or not, and numbers."""
     items = [_at(operand, position) for operand in operands]
-    return tuple([(i.dtype, i.dim() == 0 and not _is_list(o)) if isinstance(i, Tensor) else i for i, o in zip(items, operands, strict=True)])
+    return tuple(
+        [
+            (i.dtype, i.dim() == 0 and not _is_list(o)) if isinstance(i, Tensor) else i
+            for i, o in zip(items, operands, strict=True)
+        ]
+    )
 
 
 def _types(kind: tuple[Any, ...]) -> list[Argument]:
@@ -99,21 +107,27 @@ def _bind(fn: Any, keywords: dict[str, Any], operands: tuple[Any, ...], position
 
 def _operands(call: Description, tensors: Sequence[Tensor]) -> list[Any]:
     rest, length = list(tensors), len(call["which"])
-    return [[rest.pop(0) for _ in range(length)] if how == "each" else rest.pop(0) for how in call["operands"]]
+    return [
+        [rest.pop(0) for _ in range(length)] if how == "each" else rest.pop(0) for how in call["operands"]
+    ]
 
 
-def _shapes(call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def _shapes(
+    call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
     operands, count = _operands(call, tensors), counts[0] or 1
     results = []
     for index in range(count):
         for position, which in enumerate(call["which"]):
             items = [_at(operand, position) for operand in operands]
-            shape = torch.broadcast_shapes(*[item.shape for item in items])
+            shape = torch.broadcast_shapes(*[item.shape for item in items])  # type: ignore[no-untyped-call]
             results.append(items[0].new_empty(shape, dtype=outputs[which * count + index].dtype))
     return [*results, tensors[0].new_empty(0)] if counts[0] else results
 
 
-def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+def _run(
+    call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]
+) -> Sequence[Tensor]:
     operands = _operands(call, tensors)
     found: dict[int, Any] = {}
     several = False

@@ -39,10 +39,18 @@ def matmul(
             count = _parameters(function)
             functions.append((function, arguments[:count]))
             named[name] = count
-    packing, weight = None, [b]
-    if isinstance(b, PackedWeight):
+    packing, weight = None, []
+    if isinstance(b, Tensor):
+        weight = [b]
+    else:
         weight = [b.data, b.scale] if b.zero is None else [b.data, b.scale, b.zero]
-        packing = {"bits": b.bits, "group": b.group, "shape": b.shape, "zero": b.zero is not None, "dtype": b.dtype}
+        packing = {
+            "bits": b.bits,
+            "group": b.group,
+            "shape": b.shape,
+            "zero": b.zero is not None,
+            "dtype": b.dtype,
+        }
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="matmul", functions=named, packing=packing, bias=bias is not None, backend=backend, out_dtype=out_dtype,
@@ -61,20 +69,30 @@ def _parameters(function: Any) -> int:
     return code.co_argcount - len(function.__defaults__ or ())  # type: ignore[no-any-return]
 
 
-def _operands(call: Description, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | PackedWeight, Tensor | None]:
+def _operands(
+    call: Description, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | PackedWeight, Tensor | None]:
     rest = iter(tensors)
     return next(rest), pack_tensors(rest, call["packing"]), next(rest) if call["bias"] else None
 
 
-def _shapes(call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+def _shapes(
+    call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
     a, b, _ = _operands(call, tensors)
     several = counts[-1] if "epilogue" in call["functions"] else 0
-    found = [t.dtype for t in outputs[len(outputs) - (several or 1) :]] if "epilogue" in call["functions"] else [a.dtype]
+    found = (
+        [t.dtype for t in outputs[len(outputs) - (several or 1) :]]
+        if "epilogue" in call["functions"]
+        else [a.dtype]
+    )
     main = torch.promote_types(a.dtype, b.dtype)
     given = call["out_dtype"]
     dtypes = [main if dtype.is_floating_point else dtype for dtype in found]
     if given is not None:
-        dtypes = [dtype_from_name(name) for name in (given if isinstance(given, list) else [given] * len(found))]
+        dtypes = [
+            dtype_from_name(name) for name in (given if isinstance(given, list) else [given] * len(found))
+        ]
     shape = _squeezed(matmul_shape(_matrix(a, 0), _matrix(b, -1)), a.dim() == 1, len(b.shape) == 1)
     results = [a.new_empty(shape, dtype=dtype) for dtype in dtypes]
     return [*results, a.new_empty(0)] if several else results
@@ -89,13 +107,23 @@ def _squeezed(shape: list[Any], row: bool, column: bool) -> list[Any]:
     return shape[: -1 if column else -2] + shape[len(shape) - (0 if column else 1) :] if row else shape
 
 
-def _run(call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Sequence[Tensor]:
+def _run(
+    call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]
+) -> Sequence[Tensor]:
     a, b, bias = _operands(call, tensors)
     inputs = (("value", element_dtype(a, b)), *INDICES)
     named = zip(call["functions"].items(), functions, strict=True)
-    captured = Functions(**{name: capture(function, inputs[:count], what=name) for (name, count), function in named})
+    captured = Functions(
+        **{name: capture(function, inputs[:count], what=name) for (name, count), function in named}
+    )
     given = call["out_dtype"]
-    dtypes = tuple(map(dtype_from_name, given)) if isinstance(given, list) else None if given is None else dtype_from_name(given)
+    dtypes = (
+        tuple(map(dtype_from_name, given))
+        if isinstance(given, list)
+        else None
+        if given is None
+        else dtype_from_name(given)
+    )
     result = run(Call(a, b, bias, captured, dtypes, call["backend"]))
     if returns_tuple(captured):
         return [*result, a.new_empty(0)]

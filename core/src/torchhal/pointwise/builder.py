@@ -61,7 +61,9 @@ class GraphBuilder:
         """
         spec = self.captured[position]
         if len(indices) != spec.ndim:
-            raise InvalidProblem(f"captured {position} has {spec.ndim} dimensions, got {len(indices)} indices")
+            raise InvalidProblem(
+                f"captured {position} has {spec.ndim} dimensions, got {len(indices)} indices"
+            )
         dtypes = [self.dtype(i) for i in indices]
         if not all(is_index(dtype) for dtype in dtypes):
             raise InvalidProblem(misfit("gather", dtypes))
@@ -158,7 +160,9 @@ class GraphBuilder:
                 return self._intern(Node(primitive, operands, dtype))
             values.append(node.value)
         folded = fold(primitive, values, self.dtype(operands[0]), dtype)
-        return self._intern(Node(primitive, operands, dtype)) if folded is None else self.constant(folded, dtype)
+        return (
+            self._intern(Node(primitive, operands, dtype)) if folded is None else self.constant(folded, dtype)
+        )
 
     def _intern(self, node: Node) -> int:
         known = self._ids.get(node)
@@ -185,7 +189,9 @@ class GraphBuilder:
 
 def _check_dtype(dtype: torch.dtype, whose: str) -> None:
     if dtype not in NAME_OF:
-        raise InvalidProblem(f"{whose} has dtype {dtype}; the pointwise language has {', '.join(NAME_OF.values())}")
+        raise InvalidProblem(
+            f"{whose} has dtype {dtype}; the pointwise language has {', '.join(NAME_OF.values())}"
+        )
 
 
 def _keeps(narrow: torch.dtype, wide: torch.dtype) -> bool:

@@ -59,7 +59,9 @@ class _CaptureMode(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if search_recorded(args) is not None or (kwargs and search_recorded(tuple(kwargs.values())) is not None):
+        if search_recorded(args) is not None or (
+            kwargs and search_recorded(tuple(kwargs.values())) is not None
+        ):
             return self._recorded(func, args, kwargs)
         name = name_of(func)
         return func(*args, **kwargs) if name in _METADATA else self._plain(name, func, args, kwargs)
@@ -192,7 +194,11 @@ def _output(tracer: Tracer, fn: Callable[..., Any], item: Any) -> Value:
         return tracer.convert(value, torch.get_default_dtype()) if weak else value
     if isinstance(item, torch.Tensor) and item.dim() == 0:
         return tracer.lift(item, "the result")
-    shown = f"a tensor of shape {tuple(item.shape)}" if hasattr(item, "shape") else f"{type(item).__name__} {item!r}"
+    shown = (
+        f"a tensor of shape {tuple(item.shape)}"
+        if hasattr(item, "shape")
+        else f"{type(item).__name__} {item!r}"
+    )
     raise CaptureError(
         f"cannot capture this {tracer.what}: {_describe(fn)} returned {shown}; "
         "return a value, a Python number, a captured 0-dim tensor, or a tuple of them"
@@ -205,6 +211,8 @@ def _finish(tracer: Tracer, outputs: list[int], structure: Structure) -> Capture
     order = list(dict.fromkeys(node.position for node in graph.nodes if node.primitive == "gather"))
     if order != list(range(len(tracer.tensors))):
         number = {old: new for new, old in enumerate(order)}
-        nodes = [n._replace(attribute=number[n.position]) if n.primitive == "gather" else n for n in graph.nodes]
+        nodes = [
+            n._replace(attribute=number[n.position]) if n.primitive == "gather" else n for n in graph.nodes
+        ]
         graph = Graph(graph.inputs, tuple(graph.captured[i] for i in order), tuple(nodes), graph.outputs)
     return Captured(graph, tuple(tracer.tensors[i] for i in order), structure, tracer.pure)

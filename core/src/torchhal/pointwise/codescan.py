@@ -19,7 +19,9 @@ _FORBIDDEN = frozenset(
 _SUSPENDS = 0x20 | 0x80 | 0x100 | 0x200
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # Attributes of a tensor that can change without the tensor's key changing.
-_VARYING = frozenset(("data", "grad", "grad_fn", "requires_grad", "is_leaf", "_version", "retains_grad", "name", "__dict__"))
+_VARYING = frozenset(
+    ("data", "grad", "grad_fn", "requires_grad", "is_leaf", "_version", "retains_grad", "name", "__dict__")
+)
 _TENSOR_ATTRIBUTES = frozenset(dir(torch.Tensor)) - _VARYING
 
 
@@ -61,7 +63,9 @@ def _scan_one(
     while position < len(instructions):
         found = instructions[position]
         position += 1
-        if found.opname in _FORBIDDEN or (found.opname == "STORE_DEREF" and found.argval in outermost.co_freevars):
+        if found.opname in _FORBIDDEN or (
+            found.opname == "STORE_DEREF" and found.argval in outermost.co_freevars
+        ):
             return False
         if found.opname in reads:
             chain, position = _chain(instructions, position)

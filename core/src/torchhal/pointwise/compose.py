@@ -101,7 +101,10 @@ def _join(parts: Sequence[Captured]) -> tuple[GraphBuilder, list[torch.Tensor], 
     tensors: list[torch.Tensor] = []
     outputs: list[int] = []
     for part in parts:
-        places = [_place(builder, tensors, tensor, spec) for tensor, spec in zip(part.tensors, part.graph.captured, strict=True)]
+        places = [
+            _place(builder, tensors, tensor, spec)
+            for tensor, spec in zip(part.tensors, part.graph.captured, strict=True)
+        ]
         ids = builder.import_nodes(part.graph, _arguments(builder, part.graph.inputs), places)
         outputs += [ids[i] for i in part.graph.outputs]
     return builder, tensors, outputs
@@ -118,24 +121,34 @@ def _place(
 
 
 def _captured(
-    builder: GraphBuilder, tensors: list[torch.Tensor], outputs: list[int], structure: str, parts: Sequence[Captured]
+    builder: GraphBuilder,
+    tensors: list[torch.Tensor],
+    outputs: list[int],
+    structure: str,
+    parts: Sequence[Captured],
 ) -> Captured:
     pure = all(part.pure for part in parts)
-    return Captured(builder.finish(outputs), tuple(tensors), "tuple" if structure == "tuple" else "single", pure)
+    return Captured(
+        builder.finish(outputs), tuple(tensors), "tuple" if structure == "tuple" else "single", pure
+    )
 
 
 def _check_single(part: Captured, dtype: torch.dtype | None) -> None:
     dtypes = part.graph.output_dtypes
     if len(dtypes) != 1 or (dtype is not None and dtypes[0] is not dtype):
         given = ", ".join(NAME_OF[d] for d in dtypes)
-        raise InvalidProblem(f"expected one {'' if dtype is None else NAME_OF[dtype] + ' '}output, got {given}")
+        raise InvalidProblem(
+            f"expected one {'' if dtype is None else NAME_OF[dtype] + ' '}output, got {given}"
+        )
 
 
 def _check_output(spec: Input, by: Graph, output: int) -> None:
     if not 0 <= output < len(by.outputs):
         raise InvalidProblem(f"the replacement has {len(by.outputs)} outputs, so no output {output}")
     if by.output_dtypes[output] is not spec.dtype:
-        raise InvalidProblem(f"input {spec.name!r} is {spec.dtype}, but its replacement gives {by.output_dtypes[output]}")
+        raise InvalidProblem(
+            f"input {spec.name!r} is {spec.dtype}, but its replacement gives {by.output_dtypes[output]}"
+        )
 
 
 def _position(graph: Graph, name: str) -> int:

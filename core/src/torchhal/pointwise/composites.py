@@ -216,11 +216,15 @@ def nan_to_num(
         return value
     limits = torch.finfo(value.dtype)
     high, low = limits.max if posinf is None else posinf, limits.min if neginf is None else neginf
-    bounded = call("where", call("eq", value, math.inf), high, call("where", call("eq", value, -math.inf), low, value))
+    bounded = call(
+        "where", call("eq", value, math.inf), high, call("where", call("eq", value, -math.inf), low, value)
+    )
     return call("where", call("isnan", value), 0.0 if nan is None else nan, bounded)
 
 
-@define("positive", "clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_default")
+@define(
+    "positive", "clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_default"
+)
 def same(t: Tracer, input: Any, *, memory_format: Any = None) -> Value:
     return t.lift(input)
 
@@ -270,7 +274,10 @@ def to(
         elif isinstance(arg, (str, torch.device)):
             device = arg
     if device is not None and torch.device(device).type != t.device.type:
-        t.refuse(f"moving a value to {device}", f"values live where the call's tensors live ({t.device}): leave it out")
+        t.refuse(
+            f"moving a value to {device}",
+            f"values live where the call's tensors live ({t.device}): leave it out",
+        )
     value = t.lift(input)
     return value if dtype is None else t.convert(value, dtype)
 
@@ -288,19 +295,25 @@ def _register_fills() -> None:
     for name, number in (("zeros_like", 0), ("ones_like", 1)):
         define(name)(lambda t, input, number=number, **options: full_like(t, input, number, **options))
     for name, number in (("new_zeros", 0), ("new_ones", 1)):
-        define(name)(lambda t, input, size=(), number=number, **options: new_full(t, input, size, number, **options))
+        define(name)(
+            lambda t, input, size=(), number=number, **options: new_full(t, input, size, number, **options)
+        )
 
 
 @define("new_full")
 def new_full(t: Tracer, input: Any, size: Any, fill_value: Any, **options: Any) -> Value:
     if tuple(size):
-        t.refuse(f"a new tensor of shape {tuple(size)}", "a pointwise function makes scalars only: use size ()")
+        t.refuse(
+            f"a new tensor of shape {tuple(size)}", "a pointwise function makes scalars only: use size ()"
+        )
     constant = full_like(t, input, fill_value, **options)
     return Value(t, constant.node, constant.dtype, Kind.SCALAR)
 
 
 @define("new_tensor")
-def new_tensor(t: Tracer, input: Any, data: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Value:
+def new_tensor(
+    t: Tracer, input: Any, data: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Value:
     constant = t.lift(data, "new_tensor")
     chosen = dtype or (torch.get_default_dtype() if is_float(constant.dtype) else constant.dtype)
     return Value(t, t.convert(constant, chosen).node, chosen, Kind.SCALAR)
@@ -328,13 +341,17 @@ def tensor(t: Tracer, data: Any, *, dtype: torch.dtype | None = None, **options:
 
 @define("dim", "numel", "nelement", "element_size")
 def no_dimensions(t: Tracer, input: Any) -> Any:
-    t.refuse("a shape query of a value", "a value is a scalar; its position is given by the function's arguments")
+    t.refuse(
+        "a shape query of a value", "a value is a scalar; its position is given by the function's arguments"
+    )
 
 
 @define("size")
 def size(t: Tracer, input: Any, dim: int | None = None) -> Any:
     if dim is not None:
-        t.refuse("size(dim) of a value", "a value is a scalar; its position is given by the function's arguments")
+        t.refuse(
+            "size(dim) of a value", "a value is a scalar; its position is given by the function's arguments"
+        )
     return torch.Size(())
 
 

@@ -65,7 +65,10 @@ def differentiate(graph: Graph) -> Gradient:
         tracer.add_captured(dtype, ndim)
     ids = tracer.import_nodes(graph, [tracer.input(i) for i in range(len(graph.inputs))])
     values = [Value(tracer, i, tracer.dtype(i), Kind.LANE) for i in ids]
-    seeds = [Value(tracer, tracer.input(len(graph.inputs) + k), dtype, Kind.LANE) for k, (_, dtype) in enumerate(grads)]
+    seeds = [
+        Value(tracer, tracer.input(len(graph.inputs) + k), dtype, Kind.LANE)
+        for k, (_, dtype) in enumerate(grads)
+    ]
     adjoints = _accumulate(graph, values, [graph.outputs[i] for i in outputs], seeds)
     return _collect(graph, tracer, ids, adjoints, outputs)
 

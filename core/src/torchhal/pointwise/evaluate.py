@@ -96,7 +96,9 @@ class _Evaluation:
         word = PRIMITIVES[node.primitive]
         assert word.torch is not None
         operands = [self.results[i] for i in node.operands]
-        if word.tensors_only or not any(isinstance(operand, Tensor) for operand in self._typing(node, operands)):
+        if word.tensors_only or not any(
+            isinstance(operand, Tensor) for operand in self._typing(node, operands)
+        ):
             operands = [self._tensor(i) for i in node.operands]
         return word.torch(*operands)
 
@@ -124,7 +126,10 @@ def _check(
 ) -> None:
     if upcast is not None and not is_float(upcast):
         raise InvalidProblem(f"upcast must be a floating dtype, got {upcast}")
-    for kind, given, expected in (("inputs", inputs, graph.inputs), ("captured tensors", captured, graph.captured)):
+    for kind, given, expected in (
+        ("inputs", inputs, graph.inputs),
+        ("captured tensors", captured, graph.captured),
+    ):
         if len(given) != len(expected):
             raise InvalidProblem(f"this graph has {len(expected)} {kind}, got {len(given)}")
     for (name, dtype), tensor in zip(graph.inputs, inputs, strict=True):
@@ -132,7 +137,9 @@ def _check(
     for i, (spec, tensor) in enumerate(zip(graph.captured, captured, strict=True)):
         _check_dtype(f"captured tensor {i}", spec.dtype, tensor, upcast)
         if tensor.dim() != spec.ndim:
-            raise InvalidProblem(f"captured tensor {i} must have {spec.ndim} dimensions, got shape {tuple(tensor.shape)}")
+            raise InvalidProblem(
+                f"captured tensor {i} must have {spec.ndim} dimensions, got shape {tuple(tensor.shape)}"
+            )
 
 
 def _check_dtype(whose: str, dtype: torch.dtype, tensor: Tensor, upcast: torch.dtype | None) -> None:

@@ -52,7 +52,9 @@ _INTEGERS: Final[dict[str, Callable[..., Any]]] = {
 }  # fmt: skip
 
 
-def fold(primitive: str, values: Sequence[Number], operand: torch.dtype, result: torch.dtype) -> Number | None:
+def fold(
+    primitive: str, values: Sequence[Number], operand: torch.dtype, result: torch.dtype
+) -> Number | None:
     """The constant ``primitive`` gives over constants ``values``, or None where folding is not exact.
 
     Transcendental functions are left alone: their last bit belongs to whoever runs the graph. The

@@ -39,7 +39,9 @@ def call(name: str, *args: Any, **kwargs: Any) -> Value:
     return FUNCTIONS[name](tracer, *args, **kwargs)
 
 
-def unify(t: Tracer, operands: Sequence[Value], name: str, *, floating: bool = False) -> tuple[list[Value], Kind]:
+def unify(
+    t: Tracer, operands: Sequence[Value], name: str, *, floating: bool = False
+) -> tuple[list[Value], Kind]:
     """Operands cast to the dtype torch computes in, and the kind of the result."""
     kind = max(value.kind for value in operands)
     dtypes = [value.dtype for value in operands]
@@ -57,7 +59,10 @@ def narrow(t: Tracer, value: Value, dtype: torch.dtype, name: str) -> Value:
     if value.dtype is not dtype and value.kind is Kind.NUMBER:
         number = t.constant_value(value.node)
         if number is not None and not fits(number, dtype):
-            t.refuse(f"{name} of a {dtype} value and the number {number}", f"{number} does not fit {dtype}: convert first")
+            t.refuse(
+                f"{name} of a {dtype} value and the number {number}",
+                f"{number} does not fit {dtype}: convert first",
+            )
     return t.convert(value, dtype)
 
 
@@ -193,7 +198,10 @@ def _special_power(t: Tracer, base: Value, number: float) -> Value | None:
 def where(t: Tracer, condition: Any, input: Any, other: Any) -> Value:
     chosen = t.lift(condition, "where")
     if chosen.dtype is not torch.bool:
-        t.refuse(f"torch.where with a {chosen.dtype} condition", "the condition must be bool: compare, or .to(torch.bool)")
+        t.refuse(
+            f"torch.where with a {chosen.dtype} condition",
+            "the condition must be bool: compare, or .to(torch.bool)",
+        )
     operands = [t.lift(input, "where"), t.lift(other, "where")]
     dtype = result_type([(value.dtype, value.kind) for value in operands])
     operands = [narrow(t, value, dtype, "where") for value in operands]
@@ -235,7 +243,10 @@ def _extreme(primitive: str, many: str) -> Handler:
     def handler(t: Tracer, input: Any, *other: Any, **named: Any) -> Value:
         rest = [*other, *named.values()]
         if len(rest) != 1 or not (set(named) <= {"other"}):
-            t.refuse(f"{many} over elements", f"a pointwise function sees one scalar at a time: use torch.{many}(a, b)")
+            t.refuse(
+                f"{many} over elements",
+                f"a pointwise function sees one scalar at a time: use torch.{many}(a, b)",
+            )
         return binary(t, primitive, input, rest[0])
 
     return handler
@@ -262,7 +273,10 @@ def _on_numbers(t: Tracer, primitive: str, input: Any) -> Value:
     if value.dtype is torch.bool and primitive == "sign":
         return value
     if value.dtype is torch.bool:
-        t.refuse(f"{primitive} of a bool value", "convert first: value.to(torch.int32); the negation of a mask is ~mask")
+        t.refuse(
+            f"{primitive} of a bool value",
+            "convert first: value.to(torch.int32); the negation of a mask is ~mask",
+        )
     return t.emit(primitive, value.kind, value)
 
 

@@ -140,7 +140,9 @@ class Graph:
         inputs = ", ".join(f"{name}: {NAME_OF[dtype]}" for name, dtype in self.inputs)
         head = [f"graph({inputs})"]
         head += [f"  captured {i}: {NAME_OF[c.dtype]}, {c.ndim}-dim" for i, c in enumerate(self.captured)]
-        body = [f"  %{i}: {NAME_OF[node.dtype]} = {self._describe(node)}" for i, node in enumerate(self.nodes)]
+        body = [
+            f"  %{i}: {NAME_OF[node.dtype]} = {self._describe(node)}" for i, node in enumerate(self.nodes)
+        ]
         return "\n".join([*head, *body, "  return " + ", ".join(f"%{i}" for i in self.outputs)])
 
     def _describe(self, node: Node) -> str:
@@ -149,4 +151,8 @@ class Graph:
             return f"input {self.inputs[node.position].name}"
         if node.primitive == "constant":
             return f"constant {node.attribute}"
-        return f"captured {node.position}[{operands}]" if node.primitive == "gather" else f"{node.primitive}({operands})"
+        return (
+            f"captured {node.position}[{operands}]"
+            if node.primitive == "gather"
+            else f"{node.primitive}({operands})"
+        )

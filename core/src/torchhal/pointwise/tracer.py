@@ -72,7 +72,10 @@ class Tracer(GraphBuilder):
         """``item`` as a value: a value, a Python number, or a captured 0-dim tensor."""
         if isinstance(item, Value):
             if item.tracer is not self:
-                self.refuse("a value from another capture is used", "values live only while their function is captured")
+                self.refuse(
+                    "a value from another capture is used",
+                    "values live only while their function is captured",
+                )
             return item
         dtype = _PYTHON_DTYPES.get(type(item))
         if dtype is not None:
@@ -94,7 +97,9 @@ class Tracer(GraphBuilder):
         with torch._C.DisableTorchFunction():
             ndim = tensor.dim()
         if len(indices) > ndim:
-            self.refuse(f"{len(indices)} indices for a captured tensor of {ndim} dimensions", "index each one once")
+            self.refuse(
+                f"{len(indices)} indices for a captured tensor of {ndim} dimensions", "index each one once"
+            )
         lifted = tuple([self._lift_index(item) for item in indices])
         if len(lifted) < ndim:
             return CapturedView(self, tensor, lifted)
@@ -110,7 +115,9 @@ class Tracer(GraphBuilder):
         with torch._C.DisableTorchFunction():
             dtype, ndim = tensor.dtype, tensor.dim()
         if dtype not in NAME_OF:
-            self.refuse(f"a captured tensor of dtype {dtype}", f"known dtypes are {', '.join(NAME_OF.values())}")
+            self.refuse(
+                f"a captured tensor of dtype {dtype}", f"known dtypes are {', '.join(NAME_OF.values())}"
+            )
         self._positions[id(tensor)] = position = self.add_captured(dtype, ndim)
         self.tensors.append(tensor)
         return position
@@ -152,7 +159,9 @@ class Tracer(GraphBuilder):
         except TypeError as error:
             if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                 raise
-            self.refuse(f"{name} with these arguments ({error})", "only its pointwise arguments can be captured")
+            self.refuse(
+                f"{name} with these arguments ({error})", "only its pointwise arguments can be captured"
+            )
 
     def _check_open(self) -> None:
         if not self.open:

@@ -68,10 +68,16 @@ class Recorded:
 
     __hash__ = object.__hash__
     __bool__ = _refused("the truth of a value is needed (if, while, and, or, not, in, min, max)", _BRANCH)
-    __len__ = _refused("len() of a value", "a value is a scalar; its position is given by the function's arguments")
+    __len__ = _refused(
+        "len() of a value", "a value is a scalar; its position is given by the function's arguments"
+    )
     __iter__ = _refused("iteration over a value", "a value is a scalar and has no elements")
-    __array__ = _refused("conversion to numpy", "use torch functions, which can be captured, in place of numpy")
-    __setitem__ = _refused("assignment into a value", "values are immutable: use torch.where(condition, new, old)")
+    __array__ = _refused(
+        "conversion to numpy", "use torch functions, which can be captured, in place of numpy"
+    )
+    __setitem__ = _refused(
+        "assignment into a value", "values are immutable: use torch.where(condition, new, old)"
+    )
 
     def __index__(self) -> int:
         self.tracer.refuse(
@@ -173,7 +179,12 @@ class Value(Recorded):
     __rshift__, __rrshift__ = _binary("bitwise_right_shift"), _reflected("bitwise_right_shift")
     __lt__, __le__, __gt__, __ge__ = _binary("lt"), _binary("le"), _binary("gt"), _binary("ge")
     __eq__, __ne__ = _binary("eq"), _binary("ne")
-    __neg__, __pos__, __abs__, __invert__ = _unary("neg"), _unary("positive"), _unary("abs"), _unary("bitwise_not")
+    __neg__, __pos__, __abs__, __invert__ = (
+        _unary("neg"),
+        _unary("positive"),
+        _unary("abs"),
+        _unary("bitwise_not"),
+    )
     __hash__ = object.__hash__
     __floor__ = _refused("math.floor of a value", "use torch.floor")
     __ceil__ = _refused("math.ceil of a value", "use torch.ceil")
@@ -209,7 +220,9 @@ class CapturedView(Recorded):
         return self.shape if dim is None else self.shape[dim]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.tracer.index(self.tensor, (*self.indices, *(index if isinstance(index, tuple) else (index,))))
+        return self.tracer.index(
+            self.tensor, (*self.indices, *(index if isinstance(index, tuple) else (index,)))
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(torch.Tensor, name):

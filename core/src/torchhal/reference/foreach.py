@@ -27,11 +27,19 @@ def plan(problem: ForeachProblem) -> Plan:
     ) -> tuple[list[Tensor], ...]:
         return _foreach_map(problem, graphs, operands, captured, out)
 
-    return Plan(run, "plain torch, tensor by tensor", differentiable=True, workspace="one tensor for each node of the function")
+    return Plan(
+        run,
+        "plain torch, tensor by tensor",
+        differentiable=True,
+        workspace="one tensor for each node of the function",
+    )
 
 
 def foreach_map(
-    problem: ForeachProblem, operands: Sequence[Any], captured: Sequence[Tensor], out: Sequence[Sequence[Tensor]] | None
+    problem: ForeachProblem,
+    operands: Sequence[Any],
+    captured: Sequence[Tensor],
+    out: Sequence[Sequence[Tensor]] | None,
 ) -> tuple[list[Tensor], ...]:
     """The function at each position of the lists, as torch computes it there.
 
@@ -82,30 +90,43 @@ def _foreach_map(
     lists = [entry for kind, entry in zip(problem.operands, operands, strict=True) if kind != "scalar"]
     results: tuple[list[Tensor], ...] = tuple([] for _ in problem.functions[0].outputs)
     for position in range(len(lists[0])):
-        picked = [entry if kind == "scalar" else entry[position] for kind, entry in zip(problem.operands, operands, strict=True)]
+        picked = [
+            entry if kind == "scalar" else entry[position]
+            for kind, entry in zip(problem.operands, operands, strict=True)
+        ]
         for index, value in enumerate(_evaluate(graphs, picked, captured, problem.device, position)):
             results[index].append(value if out is None else out[index][position].copy_(value))
     return results
 
 
 def _evaluate(
-    graphs: dict[tuple[torch.dtype, ...], Graph], picked: Sequence[Any], captured: Sequence[Tensor], device: torch.device, position: int
+    graphs: dict[tuple[torch.dtype, ...], Graph],
+    picked: Sequence[Any],
+    captured: Sequence[Tensor],
+    device: torch.device,
+    position: int,
 ) -> list[Tensor]:
     values = [_as_tensor(value, device) for value in picked]
     shapes = [value.shape if isinstance(value, Tensor) else None for value in picked]
     graph = _graph(graphs, tuple(value.dtype for value in values), position)
     settled = []
-    for index, (output, needed) in enumerate(zip(evaluate(graph, values, captured), depends_on(graph), strict=True)):
+    for index, (output, needed) in enumerate(
+        zip(evaluate(graph, values, captured), depends_on(graph), strict=True)
+    ):
         full = output.expand(output_shape(needed, shapes))
         settled.append(full.clone() if _may_alias(graph, index) else full)
     return settled
 
 
-def _graph(graphs: dict[tuple[torch.dtype, ...], Graph], found: tuple[torch.dtype, ...], position: int) -> Graph:
+def _graph(
+    graphs: dict[tuple[torch.dtype, ...], Graph], found: tuple[torch.dtype, ...], position: int
+) -> Graph:
     graph = graphs.get(found)
     if graph is None:
         known = " and ".join(short(dtypes) for dtypes in graphs)
-        raise InvalidProblem(f"position {position} of the lists has {short(found)} and the problem has graphs for {known}")
+        raise InvalidProblem(
+            f"position {position} of the lists has {short(found)} and the problem has graphs for {known}"
+        )
     return graph
 
 
@@ -118,4 +139,7 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
 def _may_alias(graph: Graph, index: int) -> bool:
     """Whether an output could share memory with an operand, a captured tensor, an earlier output, or itself."""
     node = graph.outputs[index]
-    return graph.nodes[node].primitive in ("input", "detach", "gather", "constant") or node in graph.outputs[:index]
+    return (
+        graph.nodes[node].primitive in ("input", "detach", "gather", "constant")
+        or node in graph.outputs[:index]
+    )

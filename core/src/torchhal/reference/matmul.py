@@ -17,14 +17,20 @@ from torchhal.reference.packing import unpack
 def plan(problem: MatmulProblem) -> Plan:
     """The reference serves every matmul problem."""
 
-    def run(a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None) -> tuple[Tensor, ...]:
+    def run(
+        a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+    ) -> tuple[Tensor, ...]:
         return matmul(problem, a, b, bias, operands)
 
     return Plan(run, "plain torch", differentiable=True, workspace="O(M K + K N + M N)")
 
 
 def matmul(
-    problem: MatmulProblem, a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+    problem: MatmulProblem,
+    a: Tensor,
+    b: Tensor | PackedWeight,
+    bias: Tensor | None,
+    operands: MatmulOperands | None,
 ) -> tuple[Tensor, ...]:
     """``epilogue(a_prologue(a) @ b_prologue(b) + bias)``, rounded once.
 
@@ -61,7 +67,9 @@ def compute_dtype(problem: MatmulProblem) -> torch.dtype:
     return torch.float64 if torch.float64 in (problem.a_dtype, problem.b_dtype) else torch.float32
 
 
-def _apply(graph: Graph | None, value: Tensor, batch: torch.Size, captured: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _apply(
+    graph: Graph | None, value: Tensor, batch: torch.Size, captured: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     if graph is None:
         return (value,)
     inputs = [value, *_indices(value, batch)][: len(graph.inputs)]

@@ -13,7 +13,12 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def pack_weight(
-    weight: Tensor, *, bits: int = 8, group: int | None = None, symmetric: bool = True, transposed: bool = False
+    weight: Tensor,
+    *,
+    bits: int = 8,
+    group: int | None = None,
+    symmetric: bool = True,
+    transposed: bool = False,
 ) -> PackedWeight:
     """See :func:`torchhal.pack_weight`."""
     _validate(weight, bits, group)
@@ -50,21 +55,29 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 def _validate(weight: Tensor, bits: int, group: int | None) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise InvalidProblem(f"pack_weight() expects a matrix, (K, N) or with transposed=True (N, K); got {got}")
+        raise InvalidProblem(
+            f"pack_weight() expects a matrix, (K, N) or with transposed=True (N, K); got {got}"
+        )
     if not weight.dtype.is_floating_point:
         raise InvalidProblem(f"pack_weight() expects a floating weight; got {weight.dtype}")
     if bits not in (8, 4):
         raise InvalidProblem(f"pack_weight() expects bits=8 or bits=4; got bits={bits!r}")
     if group not in GROUPS:
-        raise InvalidProblem(f"pack_weight() expects group to be one of {GROUPS}, None for a whole column; got group={group!r}")
+        raise InvalidProblem(
+            f"pack_weight() expects group to be one of {GROUPS}, None for a whole column; got group={group!r}"
+        )
     if not bool(torch.isfinite(weight).all()):
         where = tuple(int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
-        raise InvalidProblem(f"pack_weight() expects finite values; the weight has {weight[where].item()} at {where}")
+        raise InvalidProblem(
+            f"pack_weight() expects finite values; the weight has {weight[where].item()} at {where}"
+        )
 
 
 def _refuse_overflow(scale: Tensor) -> None:
     if not bool(torch.isfinite(scale).all()):
-        raise InvalidProblem("pack_weight() keeps scales in float32, which the largest values of this weight exceed; scale it down first")
+        raise InvalidProblem(
+            "pack_weight() keeps scales in float32, which the largest values of this weight exceed; scale it down first"
+        )
 
 
 def _limits(bits: int) -> tuple[int, int]:
@@ -97,7 +110,9 @@ def _asymmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _step(span: Tensor, steps: int) -> Tensor:
     # A subnormal scale has too few digits for half a step of error; an all-zero group needs any scale but 0.
     scale = (span / steps).to(torch.float32)
-    scale = torch.where((scale * steps).isinf() & scale.isfinite(), torch.nextafter(scale, torch.zeros_like(scale)), scale)
+    scale = torch.where(
+        (scale * steps).isinf() & scale.isfinite(), torch.nextafter(scale, torch.zeros_like(scale)), scale
+    )
     return torch.where(span == 0, 1.0, scale.clamp(min=_TINY))
 
 

@@ -1,0 +1,1 @@
+"""torchhal backend for NVIDIA Hopper and Blackwell GPUs, CUDA 12.8 and later."""

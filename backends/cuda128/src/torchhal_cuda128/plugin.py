@@ -1,0 +1,28 @@
+"""The plugin: hook implementations only; what they say comes from the modules beside this one."""
+
+from __future__ import annotations
+
+import torchhal
+from torchhal.problems import BackendInfo, Decline, DeployProblem, Plan
+from torchhal_cuda128 import deploy, hardware
+from torchhal_cuda128.capabilities import CAPABILITIES
+
+
+@torchhal.hookimpl
+def torchhal_backend() -> BackendInfo:
+    """Identity and claims; the hardware is looked at when the probe is asked."""
+    return BackendInfo(
+        name="cuda128",
+        vendor="NVIDIA",
+        device_types=frozenset({"cuda"}),
+        spec=">=1.0,<2",
+        capabilities=CAPABILITIES,
+        probe=lambda: hardware.describe(hardware.observe()),
+        install_hint='pip install "torchhal[cuda128]"',
+    )
+
+
+@torchhal.hookimpl
+def torchhal_deploy(problem: DeployProblem) -> Plan | Decline:
+    """Compile options and profiler activities, where the hardware is suitable."""
+    return deploy.plan(problem, hardware.observe())

@@ -1,0 +1,1 @@
+"""torchhal backend for Intel Arc and Core Ultra GPUs, Windows and Linux."""
