@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -29,8 +31,8 @@ from torchhal.attention_call import (
 from torchhal.errors import InvalidProblem
 from torchhal.selection import fast_cache
 
-_plans: dict[tuple[object, ...], Dense] = fast_cache()
-_unchosen = scope.current
+_scope = scope.current
+_grad_enabled = torch.is_grad_enabled
 
 
 def attention(
@@ -74,7 +76,8 @@ def attention(
         InvalidProblem: shapes, types or devices that mean nothing together; the message says which.
         Unsupported: nobody the policy allows can serve the call; carries each backend's reason.
     """
-    if scope.current.state is not _unchosen and scope.active_context_parallel() is not None:
+    state = _scope.state
+    if state is not _scope and state.context_parallel is not None:
         return _context_parallel(
             query,
             key,
@@ -109,11 +112,8 @@ def attention(
     if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:
         if key.size(0) != query.size(0):
             key, value = share_batch(query, key, value)
-        flags = (is_causal, enable_gqa, return_lse, backend, None, False)
-        run_plan, record, default_scale = dense_plan(query, key, value, attn_mask, flags)
-        assert run_plan is not None
-        record()
-        return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)  # type: ignore[no-any-return]
+        flags = flags_of(is_causal, enable_gqa, return_lse, backend)
+        return serve_dense(query, key, value, attn_mask, scale, flags, state)  # type: ignore[no-any-return]
     if isinstance(query, Tensor) and query.is_nested:
         from torchhal import nested
 
@@ -323,57 +323,99 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 # ---------------------------------------------------------------------------- eager fast path
 
 
-Flags = tuple[bool, bool, bool, str | None, bool | None, bool]
-"""is_causal, enable_gqa, return_lse, backend, strict, or_torch."""
 Dense = tuple[Callable[..., Any] | None, Callable[[], object], float]
 """The plan's ``run`` (None: torch keeps the call), the counter of its Route, and the default scale."""
 
 
-def dense_plan(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, flags: Flags) -> Dense:
-    """The plan for a dense call without user functions: one dictionary look-up after checking shapes.
+@dataclass(frozen=True, eq=False)
+class Flags:
+    """What a dense call says beside its tensors, and the plans of such calls. One for each combination."""
 
-    The whole budget of a call is 3 us, so what is read here is what a Problem depends on and no more. A key
-    on another device than the query is left for ``run`` to refuse; :func:`diagnose` then finds the words.
+    is_causal: bool
+    enable_gqa: bool
+    return_lse: bool
+    backend: str | None
+    strict: bool | None = None
+    or_torch: bool = False
+    plans: dict[tuple[object, ...], Dense] = field(default_factory=fast_cache)
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields that a :class:`Call` has too."""
+        return {name: value for name, value in vars(self).items() if name != "plans"}
+
+
+LEFT_TO_TORCH: Final = object()
+"""What :func:`serve_dense` returns for a call that the policy leaves to torch."""
+
+flags_of = functools.cache(Flags)
+
+
+def serve_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    flags: Flags,
+    state: object,
+) -> Any:
+    """Serve a dense call without user functions: shapes checked, one dictionary look-up, the plan.
+
+    The budget of a whole call is 3 us, so what is read here is what a Problem depends on and no more. The
+    devices of key and value are compared only in words, when a plan is first made; afterwards a kernel refuses them.
+
+    Args:
+        query, key, value, attn_mask, scale: as in :func:`attention`, one batch size throughout.
+        flags: what else the call says.
+        state: ``scope.current.state``.
+
+    Returns:
+        The plan's result, or LEFT_TO_TORCH where the policy says so.
     """
+    shape = key.shape
     try:
         batch, heads, _, size = query.shape
-        key_batch, key_heads, length, key_size = key.shape
-        value_batch, value_heads, value_length, value_size = value.shape
+        key_batch, key_heads, _, key_size = shape
     except (ValueError, AttributeError):
-        raise InvalidProblem(attention_fault(query, key, value, "dense", flags[1])) from None
-    if (
-        batch != key_batch
-        or batch != value_batch
-        or length != value_length
-        or size != key_size
-        or key_heads != value_heads
-    ):
-        diagnose(query, key, value, "dense", flags[1])
-        if batch != key_batch:  # attention() has shared a batch of 1 already; torch broadcasts in its own way
-            raise InvalidProblem(f"query has batch size {batch} and key {key_batch}; they must be equal here")
-    if attn_mask is None:
-        mask_kind: object = None
-    else:
-        fault = mask_fault(attn_mask, query, key)
-        if fault:
-            raise InvalidProblem(fault)
-        mask_kind = (attn_mask.dtype, attn_mask.requires_grad)
-    grad = torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad,
-        mask_kind,
-    )
-    cache_key = (
-        flags, query.dtype, key.dtype, value.dtype, query.device, heads, key_heads, size, value_size, mask_kind, grad,
-        scope.current.state,
+        raise InvalidProblem(attention_fault(query, key, value, "dense", flags.enable_gqa)) from None
+    value_size = key_size if value.shape == shape else _value_size(query, key, value, flags)
+    if batch != key_batch or size != key_size:
+        diagnose(query, key, value, "dense", flags.enable_gqa)
+        # attention() has shared a batch of 1 already; torch broadcasts in its own way
+        raise InvalidProblem(f"query has batch size {batch} and key {key_batch}; they must be equal here")
+    mask_kind = None if attn_mask is None else _mask_kind(attn_mask, query, key)
+    learns = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    dtype = query.dtype
+    kind = (
+        dtype if key.dtype is dtype and value.dtype is dtype else (dtype, key.dtype, value.dtype),
+        query.is_cpu or query.device,  # there is one CPU, and a bool hashes faster than its device
+        heads, key_heads, size, value_size, mask_kind, learns, state,
     )  # fmt: skip
-    dense = _plans.get(cache_key)
-    if dense is None:
-        is_causal, enable_gqa, return_lse, backend, strict, or_torch = flags
-        call = Call(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse,
-                    backend=backend, strict=strict, or_torch=or_torch)  # fmt: skip
-        selected = choose(call)
-        dense = _plans[cache_key] = (selected.run, selected.record, size**-0.5)
-    return dense
+    try:
+        dense = flags.plans[kind]
+    except KeyError:
+        selected = choose(Call(query, key, value, attn_mask, **flags.arguments()))
+        dense = flags.plans[kind] = (selected.run, selected.record, size**-0.5)
+    run_plan, record, default_scale = dense
+    record()
+    if run_plan is None:
+        return LEFT_TO_TORCH
+    return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)
+
+
+def _value_size(query: Tensor, key: Tensor, value: Tensor, flags: Flags) -> int:
+    """The head size of values that are not shaped like the keys."""
+    if not isinstance(value, Tensor) or value.shape[:-1] != key.shape[:-1]:
+        diagnose(query, key, value, "dense", flags.enable_gqa)
+    return value.shape[-1]
+
+
+def _mask_kind(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[object, ...]:
+    """What a Problem depends on of a mask, once its shape is known to fit."""
+    fault = mask_fault(attn_mask, query, key)
+    if fault:
+        raise InvalidProblem(fault)
+    return attn_mask.dtype, torch.is_grad_enabled() and attn_mask.requires_grad
 
 
 def _context_parallel(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:

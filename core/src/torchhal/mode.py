@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchhal import mode_foreach, scope
-from torchhal.attention import dense_plan
+from torchhal.attention import LEFT_TO_TORCH, Flags, flags_of, serve_dense
 from torchhal.attention_call import Call, build_problem, run
 from torchhal.errors import InvalidProblem
 from torchhal.registry import registry
@@ -36,9 +36,18 @@ class Mode(TorchFunctionMode):
         super().__init__()
         self.backend = backend
         self.strict = strict
+        self.flags = _flags(backend, strict)
         self.multi_head_attention_forward = _with_attention(_Settings(backend, strict))
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func is _sdpa
+        ):  # also among the handlers; first here, since it is the call whose microseconds count
+            return (
+                scaled_dot_product_attention(self, *args, **kwargs)
+                if kwargs
+                else scaled_dot_product_attention(self, *args)
+            )
         handler = HANDLERS.get(func)
         if handler is None:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -69,7 +78,8 @@ def enable(backend: str | None = None, strict: bool | None = None) -> Mode:
 # ---------------------------------------------------------------------------- scaled_dot_product_attention
 
 _sdpa: Final = F.scaled_dot_product_attention
-_unchosen: Final = scope.current
+_scope: Final = scope.current
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 
 
 def scaled_dot_product_attention(
@@ -84,7 +94,10 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Serve torch's scaled_dot_product_attention."""
-    if torch.compiler.is_dynamo_compiling():
+    state = _scope.state
+    if state is not _scope and state.context_parallel is not None:
+        return _sharded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode.backend)
+    if _is_dynamo_compiling():
         from torchhal import compiled
 
         if (
@@ -102,14 +115,13 @@ def scaled_dot_product_attention(
         )
     if dropout_p == 0.0 and type(query) is Tensor and _flash_allowed() and _math_allowed():
         if attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)):
-            flags = (is_causal, enable_gqa, False, mode.backend, mode.strict, True)
+            flags = mode.flags[is_causal][enable_gqa]
             try:
-                run_plan, record, default_scale = dense_plan(query, key, value, attn_mask, flags)
+                result = serve_dense(query, key, value, attn_mask, scale, flags, state)
             except InvalidProblem:  # torch broadcasts more, and has its own words for what it refuses
                 return _other_shapes(mode, query, key, value, attn_mask, is_causal, scale, enable_gqa)
-            record()
-            if run_plan is not None:
-                return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)
+            if result is not LEFT_TO_TORCH:
+                return result
     elif type(query) is not Tensor and dropout_p == 0.0:
         return sdpa_traced(
             mode.backend, mode.strict, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
@@ -180,11 +192,28 @@ def _sharded(
 # ---------------------------------------------------------------------------- nn.MultiheadAttention
 
 
+FourFlags = tuple[tuple[Flags, Flags], tuple[Flags, Flags]]
+"""Indexed by ``is_causal`` and ``enable_gqa``."""
+
+
 class _Settings(NamedTuple):
     """What handlers read of a mode."""
 
     backend: str | None
     strict: bool | None
+
+    @property
+    def flags(self) -> FourFlags:
+        """The flags of a call."""
+        return _flags(self.backend, self.strict)
+
+
+@functools.cache
+def _flags(backend: str | None, strict: bool | None) -> FourFlags:
+    first, second, third, fourth = (
+        flags_of(c, g, False, backend, strict, True) for c in (False, True) for g in (False, True)
+    )
+    return (first, second), (third, fourth)
 
 
 @functools.cache
