@@ -81,13 +81,21 @@ UNTOUCHED: list[tuple[str, Callable[[], Any]]] = [
 ]
 
 
+def outcome(call: Callable[[], Any]) -> Any:
+    """The result or the words of the refusal: since 2.14 torch refuses a mask beside is_causal, which it took before."""
+    torch.manual_seed(3)
+    try:
+        return call()
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("call", [c[1] for c in UNTOUCHED], ids=[c[0] for c in UNTOUCHED])
 def test_what_only_torch_knows_goes_to_torch(mine: list[AttentionProblem], call: Callable[[], Any]) -> None:
-    torch.manual_seed(3)
-    expected = call()
-    torch.manual_seed(3)
+    expected = outcome(call)
     with torchhal.enable():
-        assert torch.equal(call(), expected)
+        found = outcome(call)
+    assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
     assert mine == []
 
 

@@ -2,7 +2,12 @@
 //
 // A boxed kernel owns the tensor handles on its stack and must release them on every path; an error is raised, after
 // that, through torch's own check function, so that it reaches Python as an ordinary exception.
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +23,16 @@ using thal::Tensor;
 
 thal::TorchShim torch;
 bool registered = false;
+
+// OpenMP's threads do not survive a fork, and a child of a process that has used them hangs in its first parallel
+// region, in torch's own kernels too. So a forked child computes on its one thread.
+std::atomic<bool> forked{false};
+
+void watch_forks() {
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+}
 
 constexpr const char* kSymbolNames[] = {
 #define THAL_NAME(field, result, arguments, symbol) #symbol,
@@ -204,7 +219,7 @@ class Call {
 
   bool compute(thal_attention& c) {
     uint32_t threads = 1;
-    torch.num_threads(&threads);
+    if (!forked) torch.num_threads(&threads);
     c.num_threads = static_cast<int32_t>(std::max(threads, 1u));
     c.parallel = thal_torch_parallel;
     c.workspace_size = thal_attention_workspace(&c);
@@ -288,6 +303,7 @@ extern "C" int thal_torch_register(void* const* addresses, int32_t count, char* 
 #undef THAL_TAKE
   const int code = register_operators(message, message_size);
   registered = code == THAL_OK;
+  if (registered) watch_forks();
   return code;
 }
 

@@ -47,14 +47,15 @@ FAMILIES: dict[str, Family] = {}
 Argument = tuple[torch.dtype, bool]
 """Type of a stand-in, and whether it is 0-dim, so that it promotes as weakly as what it stands for."""
 
-library.define("arguments(Tensor like, ScalarType[] dtypes, bool[] numbers) -> Tensor[]")
+# The types travel as text, as the call does: until 2.11 torch hands ScalarType[] to Python as plain integers.
+library.define("arguments(Tensor like, str types) -> Tensor[]")
 library.define("results(Tensor[] tensors, Tensor[] outputs, int[] counts, str call) -> Tensor[]")
 
 
-def _arguments(like: Tensor, dtypes: list[torch.dtype], numbers: list[bool]) -> list[Tensor]:
+def _arguments(like: Tensor, types: str) -> list[Tensor]:
     return [
-        like.new_zeros(() if number else (1,), dtype=dtype)
-        for dtype, number in zip(dtypes, numbers, strict=True)
+        like.new_zeros(() if number else (1,), dtype=getattr(torch, dtype))
+        for dtype, number in json.loads(types)["arguments"]
     ]
 
 
@@ -120,8 +121,7 @@ def record(
         outputs: list[Tensor] = []
         counts: list[int] = []
         for function, arguments in functions:
-            dtypes, weak = [dtype for dtype, _ in arguments], [number for _, number in arguments]
-            result = function(*torch.ops.torchhal.arguments(main[0], dtypes, weak))
+            result = function(*torch.ops.torchhal.arguments(main[0], describe(arguments=arguments)))
             counts.append(len(result) if isinstance(result, tuple) else 0)
             for output in result if isinstance(result, tuple) else (result,):
                 outputs.append(output if isinstance(output, Tensor) else torch.full((1,), output))
