@@ -3,6 +3,7 @@
 - An environment whose hardware or interpreter is missing ends as "not run: <reason>", never green: it says
   what it needs with ``hardware = NAME``, the reasons are repeated after tox's own summary, and a run in which
   nothing could run fails.
+- The last line adds up the tests of all environments, as pytest would say it.
 - ``tox --here`` runs the commands in the environment tox itself is installed in, where everything is installed
   already (``tools/dev.py`` does): one torch on the disk instead of one for each environment.
 """
@@ -10,7 +11,9 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,12 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import hardware
 
 _not_run: dict[str, str] = {}
+_tests: collections.Counter[str] = collections.Counter()
+_seconds: list[float] = []
+
+LAST_LINE = re.compile(r"^=+ (?P<counts>\d+ [a-z].*) in (?P<seconds>[\d.]+)s\b.*=+$", re.MULTILINE)
+"""How pytest ends: ``===== 2 failed, 31 passed, 1 warning in 4.20s =====``."""
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 @impl
@@ -63,6 +72,17 @@ def tox_before_run_commands(tox_env: Any) -> None:
 
 
 @impl
+def tox_after_run_commands(tox_env: Any, exit_code: int, outcomes: list[Any]) -> None:
+    """Adds up what pytest said last in each command."""
+    for outcome in outcomes:
+        for line in LAST_LINE.finditer(COLOUR.sub("", outcome.out)):
+            _seconds.append(float(line["seconds"]))
+            for count in line["counts"].split(", "):
+                number, _, what = count.partition(" ")
+                _tests[what.rstrip("s") if what in ("errors", "warnings") else what] += int(number)
+
+
+@impl
 def tox_env_teardown(tox_env: Any) -> None:
     """Notes an environment that was skipped for want of its interpreter."""
     try:
@@ -84,6 +104,10 @@ def _require(tox_env: Any) -> None:
 def _report() -> None:
     for name, reason in _not_run.items():
         print(f"  {name}: not run: {reason}")
+    if _seconds:
+        counts = ", ".join(f"{number} {what}" for what, number in sorted(_tests.items()))
+        print("  the tests of all environments together:")
+        print(f" {counts} in {sum(_seconds):.2f}s ".center(80, "="))
 
 
 class _NoInstaller:

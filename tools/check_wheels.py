@@ -1,4 +1,4 @@
-"""Installs the wheels in dist/ into an empty folder, by their extras, and asks the installed packages who they are.
+"""Installs the wheels in dist/ into an empty folder and asks the installed packages who they are.
 
 Proves that the wheels are complete: nothing is imported from the source tree, and torch and the other
 dependencies come from the environment that runs this.
@@ -50,18 +50,8 @@ def main() -> None:
     if None in wheels:
         raise SystemExit(f"dist/ lacks wheels of version {current()}; run: python tools/dev.py build")
     with tempfile.TemporaryDirectory() as folder:
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-index",
-            "--target",
-            folder,
-        ]
-        subprocess.run([*install, *map(str, wheels)], check=True)
+        install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", folder]
+        subprocess.run([sys.executable, *install, *map(str, wheels)], check=True)
         question = QUESTION.format(names=names, version=current())
         subprocess.run(
             [sys.executable, "-c", question], check=True, cwd=folder, env={**os.environ, "PYTHONPATH": folder}

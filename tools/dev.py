@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -92,7 +93,14 @@ def create() -> None:
     """Make .venv where there is none."""
     if not PYTHON.exists():
         with Step(f"a virtual environment in {VENV.name}"):
-            venv.create(VENV, with_pip=True)
+            try:
+                venv.create(VENV, with_pip=True, symlinks=sys.platform != "win32")
+            except subprocess.CalledProcessError:
+                shutil.rmtree(VENV)
+                advice = "on Debian and Ubuntu it is the package python3-venv"
+                raise SystemExit(
+                    f"this Python can not make environments: it lacks ensurepip; {advice}"
+                ) from None
             pip("--upgrade", "pip")
 
 

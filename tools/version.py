@@ -2,7 +2,8 @@
 
 ``python tools/version.py`` prints it, ``--check`` compares what the distributions say, ``--write`` stamps
 them, ``--write 0.2.0`` changes it everywhere. The stamp is a plain static ``version`` in each
-pyproject.toml, so that installing by path, from an sdist or from a wheel needs nothing outside the folder.
+pyproject.toml, so that installing by path, from an sdist or from a wheel needs nothing outside the folder. The
+ranges by which the distributions require each other, ``torchhal>=0.1.0,<0.2``, are stamped with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r'^version = "([^"]*)"( # stamped from VERSION by tools/version\.py)?$', re.MULTILINE)
 STAMP = 'version = "{}" # stamped from VERSION by tools/version.py'
+REQUIREMENT = re.compile(r'"(torchhal(?:-[a-z0-9-]+)?)>=[^"]*"')
 
 
 def distributions(root: Path = ROOT) -> list[Path]:
@@ -31,16 +33,27 @@ def current(root: Path = ROOT) -> str:
     return (root / "VERSION").read_text().strip()
 
 
+def requirement(name: str, version: str) -> str:
+    """How the distributions require each other: this version or a later one with the same first two numbers."""
+    major, minor = version.split(".")[:2]
+    return f'"{name}>={version},<{major}.{int(minor) + 1}"'
+
+
 def disagreements(root: Path = ROOT) -> list[str]:
     """One sentence for each distribution whose version is not that of VERSION."""
     wanted, found = current(root), []
     for path in distributions(root):
-        said = LINE.search(path.read_text())
+        text = path.read_text()
+        said = LINE.search(text)
         if said is None or said[1] != wanted:
             got = f'"{said[1]}"' if said else "no static version line"
             found.append(
                 f'{path.relative_to(root)}: expected version = "{wanted}", as in VERSION, and found {got}'
             )
+        for match in REQUIREMENT.finditer(text):
+            if match[0] != requirement(match[1], wanted):
+                expected = requirement(match[1], wanted)
+                found.append(f"{path.relative_to(root)}: expected {expected} and found {match[0]}")
     return found
 
 
@@ -53,7 +66,7 @@ def write(version: str, root: Path = ROOT) -> None:
             raise SystemExit(
                 f"{path}: has no line of the form {STAMP.format('0.0.0')!r}; add one under [project]"
             )
-        path.write_text(text)
+        path.write_text(REQUIREMENT.sub(lambda match: requirement(match[1], version), text))
 
 
 def main() -> int:

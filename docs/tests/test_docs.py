@@ -95,16 +95,21 @@ def test_every_error_is_explained() -> None:
     assert {name for name in raised if f'id="torchhal.errors.{name}"' not in page} == set()
 
 
-@pytest.mark.parametrize("backend", ["cuda128", "xpu"])
-def test_every_code_of_a_decline_is_explained(backend: str) -> None:
-    sources = "".join(p.read_text() for p in (ROOT / "backends" / backend / "src").rglob("*.py"))
-    codes = set(re.findall(r"Decline\(\s*\"(\w+)\"", sources))
-    section = (
-        PAGES["troubleshooting.md"].split(f"From `{backend}`")[1].split("\nFrom ")[0]
-        + PAGES["troubleshooting.md"].split("From `cuda128`")[0]
-    )
+CODES = {
+    "core": ROOT / "core/src/torchhal",
+    "reference": ROOT / "core/src/torchhal/reference",
+    **{name: ROOT / "backends" / name / "src" for name in ("cpu_x86", "cuda128", "xpu")},
+}
+
+
+@pytest.mark.parametrize("origin", CODES)
+def test_every_code_of_a_decline_is_explained(origin: str) -> None:
+    files = [p for p in CODES[origin].rglob("*.py") if origin != "core" or "reference" not in p.parts]
+    codes = set(re.findall(r"Decline\(\s*\"(\w+)\"", "".join(p.read_text() for p in files)))
+    core, *others = PAGES["troubleshooting.md"].split("\nFrom `")
+    own = next((text for text in others if text.startswith(f"{origin}`")), "")
     assert codes
-    assert {code for code in codes if f"`{code}`" not in section} == set()
+    assert {code for code in codes if f"`{code}`" not in core + own} == set()
 
 
 def test_every_command_in_the_documentation_exists() -> None:

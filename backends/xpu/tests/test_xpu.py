@@ -87,7 +87,7 @@ def test_a_build_without_xpu_is_named_with_where_to_get_the_other_one() -> None:
     verdict = unsuitable(CPU_ONLY)
     assert verdict is not None
     assert "2.13.0+cpu" in verdict.reason
-    assert "whl/xpu" in verdict.reason
+    assert "install torch's XPU build" in verdict.reason
 
 
 def test_a_device_index_that_does_not_exist_says_how_many_there_are() -> None:

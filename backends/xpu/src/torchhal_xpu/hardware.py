@@ -83,7 +83,7 @@ def unsuitable(hardware: Hardware, index: int | None = None) -> Decline | None:
     if hardware.torch_sycl is None:
         return Decline(
             "torch_without_xpu",
-            f"torch {hardware.torch_version} is built without XPU; install one from the index whl/xpu of PyTorch",
+            f"torch {hardware.torch_version} is built without XPU; install torch's XPU build, as its site describes for Intel GPUs",
         )
     if not hardware.level_zero:
         return Decline(
