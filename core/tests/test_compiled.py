@@ -112,6 +112,19 @@ def create_block_mask_for(length: int) -> Any:
     )
 
 
+def weighted(x: torch.Tensor, y: torch.Tensor) -> Any:
+    total = x.sum()
+    return torchhal.foreach_map(lambda a, b: a * total - b, [x], [y])
+
+
+class Shift:
+    amount = 2.0
+
+    def apply(self, item: torch.Tensor) -> torch.Tensor:
+        return item - self.amount
+
+
+SHIFT = Shift()
 FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "plain": (lambda q: torchhal.attention(q, q, q, is_causal=True), (torch.randn(2, 4, 6, 8),)),
     "masked": (
@@ -166,6 +179,8 @@ FORMS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         lambda x, y: torchhal.foreach_map(torch.add, [x], [y], alpha=3),
         (torch.randn(5), torch.randn(5)),
     ),
+    "foreach closing over a tensor made while tracing": (weighted, (torch.randn(5), torch.randn(5))),
+    "foreach method": (lambda x: torchhal.foreach_map(SHIFT.apply, [x]), (torch.randn(5),)),
 }
 
 

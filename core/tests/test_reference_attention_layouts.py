@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -231,7 +232,10 @@ def test_a_block_mask_means_its_mask_mod(sizes: tuple[int | None, int | None], s
     def function(b: Any, h: Any, q: Any, k: Any) -> Any:
         return window(b if sizes[0] else 0, h if sizes[1] else 0, q, k)
 
-    mask = create_block_mask(function, *sizes, 21, 19, "cpu", (4, 3), separate_full_blocks=separate)
+    together = {} if separate else {"separate_full_blocks": False}
+    if not together.keys() <= inspect.signature(create_block_mask).parameters.keys():
+        pytest.skip("create_block_mask takes separate_full_blocks since torch 2.13")
+    mask = create_block_mask(function, *sizes, 21, 19, "cpu", (4, 3), **together)
     result = call(query, key, value, mask_mod=function, **blocks(mask))
     same(result, call(query, key, value, mask_mod=function))
     close(result, oracle.attention(query, key, value, scale=8**-0.5, mask_mod=function))

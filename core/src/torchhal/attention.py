@@ -391,9 +391,8 @@ def serve_dense(
         query.is_cpu or query.device,  # there is one CPU, and a bool hashes faster than its device
         heads, key_heads, size, value_size, mask_kind, learns, state,
     )  # fmt: skip
-    try:
-        dense = flags.plans[kind]
-    except KeyError:
+    dense = flags.plans.get(kind)
+    if dense is None:
         selected = choose(Call(query, key, value, attn_mask, **flags.arguments()))
         dense = flags.plans[kind] = (selected.run, selected.record, size**-0.5)
     run_plan, record, default_scale = dense

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchhal.errors import InvalidProblem
-from torchhal.problems import DeployProblem
+from torchhal.problems import AttentionProblem, DeployProblem
+from torchhal.registry import registry
 from torchhal.selection import select
 
 __all__ = ["compile_options", "load", "package", "profiler_activities", "quantizer"]
@@ -99,7 +100,10 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         )
     from torch._inductor import aoti_load_package
 
-    import torchhal.ops  # noqa: F401  # the operators a package may call
+    import torchhal.ops_families  # noqa: F401  # the operators a package may call
+
+    for backend in registry().backends.values():  # and those that backends bring, registered by their first answer
+        backend.ask(AttentionProblem(device=torch.device("cpu")))
 
     model: Callable[..., Any] = aoti_load_package(os.fspath(target))
     return model

@@ -29,6 +29,8 @@ claim whose default is no, so the core declines on behalf of an older backend: i
 argument it has never heard of. An unknown hook name or argument is a load failure.
 """
 
+# mypy: disable-error-code="empty-body"
+
 from __future__ import annotations
 
 from typing import Final
@@ -51,7 +53,6 @@ PROJECT: Final = "torchhal"
 """pluggy project name; also the entry-point group is ``torchhal.backends``."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
-# mypy: disable-error-code="empty-body"
 hookimpl = pluggy.HookimplMarker(PROJECT)
 """Marks a function of a plugin as an implementation: ``@torchhal.hookimpl``."""
 

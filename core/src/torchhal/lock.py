@@ -97,15 +97,8 @@ def write(registry: Registry, entries: Mapping[str, Mapping[str, Any]], path: Pa
 
 
 def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    changed = [
-        f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}"
-        for key in sorted({*then, *now})
-    ]
-    return "; ".join(
-        text
-        for key, text in zip(sorted({*then, *now}), changed, strict=True)
-        if then.get(key) != now.get(key)
-    )
+    changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+    return "; ".join(f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}" for key in changed)
 
 
 def _processor() -> str:

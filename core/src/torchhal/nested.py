@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchhal.attention_call import Call, Functions, capture_mask_mod, capture_score_mod, operands_of, run
+from torchhal.attention_call import Call, Functions, capture_score_mod, operands_of, run
 from torchhal.errors import InvalidProblem
 
 _HOW = "make one with torch.nested.nested_tensor([...], layout=torch.jagged), each (length, H, E), and transpose(1, 2)"
@@ -22,8 +22,7 @@ def attention(
     Args:
         query, key, value: nested jagged tensors of logical shape (B, H, lengths, E), ragged in dimension 2; key
             and value share their lengths, which may differ from the query's.
-        block_mask: its ``mask_mod`` is applied with indices counted from the start of each sequence; its blocks
-            are for one common length and are refused unless they are the whole rectangle.
+        block_mask: has to be None: its blocks are for one common length.
         attn_mask: has to be None.
         score_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend: as in :func:`torchhal.attention`.
 
@@ -46,7 +45,7 @@ def attention(
     packed_value, lengths_v = _packed("value", value)
     if lengths_k is not lengths_v and not torch.equal(lengths_k, lengths_v):
         raise InvalidProblem("key and value are nested with different lengths; each key needs its value")
-    functions = Functions(capture_score_mod(score_mod, query, key, value), capture_mask_mod(None))
+    functions = Functions(capture_score_mod(score_mod, query, key, value))
     lengths = {"cu_seqlens_q": lengths_q.to(torch.int32), "cu_seqlens_k": lengths_k.to(torch.int32)}
     operands = operands_of(functions, None, dropout_p, packed_query, **lengths)
     call = Call(

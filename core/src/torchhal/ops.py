@@ -69,10 +69,8 @@ def define(family: str, operator: Operator) -> None:
 
     def forward(tensors: list[Tensor], call: str, problem: str, backend: str) -> list[Tensor]:
         results = _run(family, tensors, call, problem, backend)
-        return [
-            _settle(result, like)
-            for result, like in zip(results, fake(tensors, call, problem, backend), strict=True)
-        ]
+        promised = fake([_without_data(tensor) for tensor in tensors], call, problem, backend)
+        return [_settle(result, like) for result, like in zip(results, promised, strict=True)]
 
     def fake(tensors: list[Tensor], call: str, problem: str, backend: str) -> list[Tensor]:
         return operator.shapes(planned(problem, backend)[0], tensors, json.loads(call))
@@ -99,7 +97,14 @@ def _run(family: str, tensors: Sequence[Tensor], call: str, problem: str, backen
 
 def _settle(result: Tensor, like: Tensor) -> Tensor:
     """``result`` with the strides that the fake formula promised; a copy only where they differ."""
-    return result if result.stride() == like.stride() else like.copy_(result)
+    if result.stride() == like.stride():
+        return result
+    return result.new_empty_strided(like.shape, like.stride()).copy_(result)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    """A stand-in on the meta device, so that asking for the promised strides computes and allocates nothing."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 # ---------------------------------------------------------------------------- gradients

@@ -49,7 +49,7 @@ class Route:
     @property
     def count(self) -> int:
         """How many calls took this route: under torch.compile, how many times it was traced."""
-        return int(self._calls.__reduce__()[1][0])
+        return int(repr(self._calls)[len("count(") : -1])  # itertools.count shows its next number, and only so
 
     def to_json(self) -> str:
         """The route as JSON, with the problem in its text form."""
@@ -218,7 +218,8 @@ class _Selection:
         self.note = ""
 
     def run(self, announce: bool = False) -> Selected:
-        environment.warn_unknown(self.registry.backends) if announce and not _selected else None
+        if announce and not _selected:
+            environment.warn_unknown(self.registry.backends)
         explicit = self._explicit_names()
         if explicit is not None:
             return self._by_name(*explicit)
@@ -237,7 +238,8 @@ class _Selection:
 
     def _explicit_names(self) -> tuple[list[str], str] | None:
         if self.argument is not None:
-            return [self.argument], f"the argument backend={self.argument!r}"
+            rule = f"the argument backend={self.argument!r}"
+            return self._unless_service([self.argument], rule) if self.or_torch else ([self.argument], rule)
         if self.scoped is not None:
             return self._unless_service([self.scoped], f"use({self.scoped!r})")
         chosen = environment.preferred_backends(self.problem.family)
@@ -258,7 +260,7 @@ class _Selection:
         for name in names:
             answer = self.registry.get(name).ask(self.problem)
             if isinstance(answer, Plan):
-                return self._choose(name, answer, rule)
+                return self._choose(name, answer, rule, explicit=True)
             self.declined[name] = answer
         route = Route(self.problem, None, rule, declined=tuple(self.declined.items()))
         raise Unsupported(self._refusal_text(route), route)
@@ -332,18 +334,12 @@ class _Selection:
 
     # -- results
 
-    def _choose(self, name: str, plan: Plan, rule: str) -> Selected:
+    def _choose(self, name: str, plan: Plan, rule: str, explicit: bool = False) -> Selected:
         for other in self.registry.backends:
             if other != name and other not in self.declined:
                 self.declined[other] = Decline("outranked", f"not asked, {name} was chosen first")
         declined = tuple(self.declined.items())
-        if (
-            name == REFERENCE
-            and self.or_torch
-            and self.argument is None
-            and self.scoped is None
-            and not rule.startswith("TORCHHAL")
-        ):
+        if name == REFERENCE and self.or_torch and not explicit:
             return _selected_of(
                 None, Route(self.problem, TORCH, rule, "torch's own implementation", declined)
             )

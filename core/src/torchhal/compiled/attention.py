@@ -128,11 +128,11 @@ def _record(
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="attention", layout=layout, tensors=list(tensors), has_score_mod=score_mod is not None,
-        has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa, dropout_p=dropout_p,
+        has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa,
         return_lse=return_lse, backend=backend, or_torch=or_torch, strict=strict,
         scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
-    results = record(call, (scale, block_size), list(tensors.values()), functions)
+    results = record(call, (scale, block_size, dropout_p), list(tensors.values()), functions)
     return (results[0], results[1]) if return_lse else results[0]
 
 
@@ -146,7 +146,7 @@ def _shapes(
 def _run(
     call: Description, numbers: Numbers, tensors: Sequence[Tensor], functions: Sequence[Callable[..., Any]]
 ) -> Sequence[Tensor]:
-    scale, block_size = numbers
+    scale, block_size, dropout_p = numbers
     named = dict(zip(call["tensors"], tensors, strict=True))
     query, key, value, attn_mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
     if query is None or key is None or value is None:
@@ -157,7 +157,7 @@ def _run(
     if call["layout"] == "dense":
         key, value = share_batch(query, key, value)
     captured = _capture(call, query, key, value, list(functions))
-    operands = operands_of(captured, None, call["dropout_p"], query, **named)
+    operands = operands_of(captured, None, float(dropout_p), query, **named)
     result = run(
         Call(
             query,

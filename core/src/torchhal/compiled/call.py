@@ -24,6 +24,7 @@ from torch._dynamo.variables.higher_order_ops import BaseHOPVariable, _hop_name_
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch.fx import GraphModule, Interpreter, Node
 
+from torchhal._text import dtype_from_name
 from torchhal._tracing import constant_while_tracing
 from torchhal.ops import Description, library
 
@@ -54,7 +55,7 @@ library.define("results(Tensor[] tensors, Tensor[] outputs, int[] counts, str ca
 
 def _arguments(like: Tensor, types: str) -> list[Tensor]:
     return [
-        like.new_zeros(() if number else (1,), dtype=getattr(torch, dtype))
+        like.new_zeros(() if number else (1,), dtype=dtype_from_name(dtype))
         for dtype, number in json.loads(types)["arguments"]
     ]
 

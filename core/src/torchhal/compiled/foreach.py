@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchhal import scope
-from torchhal._foreach_capture import out_of_place
+from torchhal._foreach_capture import BUILTINS, out_of_place
 from torchhal._tracing import constant_while_tracing
 from torchhal.compiled.call import FAMILIES, Argument, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
@@ -24,7 +24,8 @@ from torchhal.ops import Description
 def foreach_map(fn: Any, operands: tuple[Any, ...], backend: str | None, keywords: dict[str, Any]) -> Any:
     """The traced form of :func:`torchhal.foreach_map`; destinations are written after the node."""
     out = keywords.pop("out", None)
-    twin = _twin(fn)
+    # Of a function made while tracing, or a bound method, Dynamo has no constant to hand to _twin.
+    twin = _twin(fn) if isinstance(fn, BUILTINS) else None
     if twin is not None:
         fn, out = twin, operands[0]
     length = _length(operands)
