@@ -117,6 +117,30 @@ def test_constants_and_zero_dim_tensors_are_results(result: Any) -> None:
     assert value == result and value.dtype is torch.as_tensor(result).dtype
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        torch.fmod,
+        torch.clamp_min,
+        torch.clamp_max,
+        torch.eq,
+        torch.ne,
+        torch.lt,
+        torch.le,
+        torch.gt,
+        torch.ge,
+    ],
+)
+def test_a_constant_may_stand_first_where_torch_s_operators_want_a_tensor(fn: Any) -> None:
+    def shifted(x: Any) -> Any:
+        return fn(torch.full_like(x, 1.5), x)
+
+    x = torch.tensor([-2.0, 1.0, 1.5, 4.0, torch.nan])
+    captured = capture(shifted, [("x", torch.float32)])
+    (result,) = evaluate(captured.graph, (x,), captured.tensors)
+    torch.testing.assert_close(result, shifted(x), equal_nan=True, rtol=0, atol=0)
+
+
 def test_tuples_give_several_outputs() -> None:
     captured = capture(lambda s, *rest: (s, s + 1, rest[0]), SCORE)
     assert captured.structure == "tuple" and captured.graph.output_dtypes == (F32, F32, I32)

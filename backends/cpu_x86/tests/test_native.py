@@ -105,6 +105,27 @@ def test_expanded_keys_are_read_through_stride_zero(isa: str) -> None:
     check(query, key[:, :, :1].expand(-1, -1, 50, -1), value)
 
 
+@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_query_heads_give_an_empty_output(isa: str, dtype: torch.dtype, kv_heads: int) -> None:
+    out, lse = run(*inputs(2, 0, kv_heads, 3, 5, 16, 8, dtype), True, 0.25)
+    assert out.shape == (2, 0, 3, 8) and lse.shape == (2, 0, 3)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("length", "keys"), [(1, 5), (1, 2100), (9, 65), (130, 300), (3, 0), (0, 3)])
+def test_values_of_size_zero_give_an_empty_output_and_the_same_lse(
+    isa: str, length: int, keys: int, dtype: torch.dtype
+) -> None:
+    query, key, value = inputs(2, 4, 2, length, keys, 24, 8, dtype)
+    keep = torch.rand(length, keys, generator=torch.Generator().manual_seed(2)) > 0.5
+    for mask in (None, keep):
+        out, lse = run(query, key, value[..., :0], True, 0.2, mask)
+        assert out.shape == (2, 4, length, 0)
+        assert torch.equal(lse, run(query, key, value, True, 0.2, mask)[1])
+
+
 MASKS = [(2, 4, 1, 1), (1, 1, 30, 140), (2, 1, 1, 140), (1, 4, 30, 1), (2, 4, 30, 140)]
 
 
@@ -120,6 +141,28 @@ def test_masks_broadcast(isa: str, shape: tuple[int, ...], kind: str, dtype: tor
         for causal in (False, True):
             part = mask if mask.shape[2] == 1 else mask[:, :, :length]
             check(*inputs(2, 4, 2, length, 140, 24, 24, dtype), causal, mask=part)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (140,), (30, 140), (4, 30, 140), (4, 1, 1)], ids=str)
+def test_masks_of_fewer_dimensions_broadcast(isa: str, shape: tuple[int, ...], kind: torch.dtype) -> None:
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(4)) > 0.3
+    bias = torch.where(keep, 0.5, -INF)
+    tensors = inputs(2, 4, 2, 30, 140, 24, 24, torch.float32)
+    mask = keep if kind == torch.bool else bias.to(kind)
+    check(*tensors, mask=mask)
+    check(*tensors, True, mask=mask)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_mask_of_no_dimensions_hides_all_or_nothing(isa: str, kind: torch.dtype, length: int) -> None:
+    tensors = inputs(1, 2, 2, length, 50, 16, 16, torch.float32)
+    hidden = torch.tensor(False) if kind == torch.bool else torch.tensor(-INF)
+    out, lse = run(*tensors, False, 0.25, hidden)
+    assert not out.any() and lse.isneginf().all()
+    shown = torch.tensor(True) if kind == torch.bool else torch.tensor(0.0)
+    torch.testing.assert_close(run(*tensors, False, 0.25, shown), run(*tensors, False, 0.25))
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float16], ids=str)

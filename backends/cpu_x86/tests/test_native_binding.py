@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from native_cases import DTYPES, LIBRARY, OPS, SETS, Tensor, inputs, respread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,7 +32,15 @@ def test_operators_pass_opcheck(masked: bool, swapped: bool, lse: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 4, 2, 5, 7, 16, 8), (1, 1, 1, 1, 1, 1, 1), (0, 4, 2, 5, 7, 16, 8), (2, 4, 2, 0, 7, 16, 8)]
+    "shape",
+    [
+        (2, 4, 2, 5, 7, 16, 8),
+        (1, 1, 1, 1, 1, 1, 1),
+        (0, 4, 2, 5, 7, 16, 8),
+        (2, 4, 2, 0, 7, 16, 8),
+        (2, 0, 0, 5, 7, 16, 8),
+        (2, 4, 2, 5, 7, 16, 0),
+    ],
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_output_strides_follow_the_query_and_the_fake_agrees(shape: tuple[int, ...], swapped: bool) -> None:
@@ -66,11 +75,17 @@ BAD: list[tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
     (lambda q, k, v: (q, k[:, :1], v), "key and value have different numbers of heads"),
     (lambda q, k, v: (q.double(), k, v), "dtype must be float32, bfloat16 or float16"),
     (lambda q, k, v: (q, k.bfloat16(), v), "query, key and value must have the same dtype"),
-    (lambda q, k, v: (q[..., :0], k[..., :0], v), "head sizes must be at least 1"),
+    (lambda q, k, v: (q, k[:, :0], v[:, :0]), "query heads must be a multiple of key heads"),
+    (lambda q, k, v: (q.to("meta"), k, v), "must be on one device, got meta, cpu, cpu"),
+    (lambda q, k, v: (q, k.to("meta"), v), "must be on one device, got cpu, meta, cpu"),
+    (lambda q, k, v: (q, k, v.to("meta")), "must be on one device, got cpu, cpu, meta"),
+    (lambda q, k, v: (q[..., :0], k[..., :0], v), "the head size of query and key must be at least 1"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[text for _, text in BAD])
+@pytest.mark.parametrize(
+    ("change", "message"), BAD, ids=[f"{number} {text}" for number, (_, text) in enumerate(BAD)]
+)
 def test_bad_input_raises_and_says_what_arrived(
     change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], message: str
 ) -> None:
@@ -87,6 +102,82 @@ def test_bad_masks_raise() -> None:
         OPS.masked_attention(*tensors, torch.zeros(5, 6), False, 1.0)
     with pytest.raises(RuntimeError, match="mask must be boolean, float32, bfloat16 or float16"):
         OPS.masked_attention(*tensors, torch.zeros(5, 7, dtype=torch.int32), False, 1.0)
+    with pytest.raises(RuntimeError, match="mask must have 0 to 4 dimensions, got 5"):
+        OPS.masked_attention(*tensors, torch.zeros(1, 1, 1, 5, 7), False, 1.0)
+    with pytest.raises(RuntimeError, match="must be on one device, got cpu, cpu, cpu, meta"):
+        OPS.masked_attention(*tensors, torch.zeros(5, 7, device="meta"), False, 1.0)
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    query, key, value = inputs(2, 4, 2, 5, 7, 16, 8, torch.float32)
+    key.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"key \(2, 2, 7, 16\) has elements and no memory"):
+        OPS.attention(query, key, value, False, 1.0)
+
+
+# ---------------------------------------------------------------------------- derivatives
+
+OPERATORS = {name: getattr(OPS, name).default for name in native.OPERATORS}
+NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented|attention has no gradient"
+NO_FORWARD = "forward AD|forward mode AD"
+
+
+def arguments_of(name: str) -> list[Tensor]:
+    mask = [torch.zeros(5, 7)] if name.startswith("masked") else []
+    return [*inputs(2, 4, 2, 5, 7, 16, 8, torch.float32), *mask]
+
+
+def output(name: str, tensors: list[Tensor]) -> Tensor:
+    result = OPERATORS[name](*tensors, False, 1.0)
+    return result[-1] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_gradient_is_refused_and_never_lost(name: str) -> None:
+    for position in range(len(arguments_of(name))):
+        tensors = arguments_of(name)
+        tensors[position].requires_grad_()
+        with pytest.raises((RuntimeError, NotImplementedError), match=NO_GRADIENT):
+            output(name, tensors).sum().backward()
+        with torch.no_grad():
+            assert not output(name, tensors).requires_grad
+
+
+def test_a_gradient_by_torch_func_is_refused() -> None:
+    query, key, value = arguments_of("attention")
+    with pytest.raises((RuntimeError, NotImplementedError), match=NO_GRADIENT):
+        torch.func.grad(lambda x: output("attention", [x, key, value]).sum())(query)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_forward_derivative_is_refused_and_never_zero(name: str) -> None:
+    query, *others = arguments_of(name)
+    with pytest.raises(NotImplementedError, match=NO_FORWARD):
+        torch.func.jvp(lambda x: output(name, [x, *others]), (query,), (query,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=NO_FORWARD):
+        output(name, [forward_ad.make_dual(query, query), *others])
+
+
+def test_a_compiled_gradient_is_refused() -> None:
+    query, key, value = arguments_of("attention")
+    run = torch.compile(lambda x: output("attention", [x, key, value]) + 1, backend="aot_eager")
+    with pytest.raises(Exception, match=NO_GRADIENT):
+        run(query.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(run(query), output("attention", [query, key, value]) + 1)
+
+
+def test_a_torch_without_the_refusing_kernel_still_refuses_gradients() -> None:
+    result = python(
+        "import torch; from torchhal_cpu_x86 import native\n"
+        "find = native._address\n"
+        "native._address = lambda library, name: None if name.startswith('_Z') else find(library, name)\n"
+        "native.load(); q = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
+        "out = torch.ops.torchhal_cpu_x86.attention(q, q, q, False, 1.0)\n"
+        "out.sum().backward()"
+    )
+    assert "NotImplementedError: torchhal_cpu_x86: attention has no gradient" in result.stderr
 
 
 def _child(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torchhal_cpu_x86
-from torchhal_cpu_x86 import hardware, native, plugin
 
 import torchhal
+import torchhal_cpu_x86
 from torchhal import BackendInfo, Decline, Plan, registry, selection
 from torchhal.errors import FallbackWarning, Unsupported
 from torchhal.problems import AttentionProblem
+from torchhal_cpu_x86 import hardware, native, plugin
 
 PROBLEM = AttentionProblem(device=torch.device("cpu"))
 
@@ -73,6 +74,11 @@ REFUSED: list[tuple[str, Callable[[list[torch.Tensor]], Any], str]] = [
         lambda t: torchhal.attention(t[0], t[1], t[2].bfloat16(), backend="cpu_x86"),
         "mixed_dtypes",
     ),
+    (
+        "float64 mask",
+        lambda t: torchhal.attention(*t, attn_mask=torch.randn(33, 33).double(), backend="cpu_x86"),
+        "a mask of torch.float64 is not served",
+    ),
     ("dropout", lambda t: torchhal.attention(*t, dropout_p=0.5, backend="cpu_x86"), "dropout"),
 ]
 
@@ -98,6 +104,25 @@ def test_an_install_without_the_library_declines_with_its_path(
     assert isinstance(answer, Decline)
     assert answer.code == "no_native_library"
     assert "gone.so does not exist" in answer.reason
+
+
+def test_a_mask_of_another_type_declines_by_name() -> None:
+    answer = plugin.torchhal_attention(dataclasses.replace(PROBLEM, mask_dtype=torch.float64))
+    assert isinstance(answer, Decline)
+    assert answer.code == "mask_dtype"
+    for served in (torch.bool, torch.float32, torch.bfloat16, torch.float16):
+        assert isinstance(plugin.torchhal_attention(dataclasses.replace(PROBLEM, mask_dtype=served)), Plan)
+
+
+def test_a_busy_machine_does_not_hide_what_one_thread_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        native.Native, "fma_rate", lambda self, isa, threads=1: 104.0 if threads == 1 else 4.0
+    )
+    monkeypatch.setattr(native.Native, "bandwidth", lambda self, size, threads: 9.0 if threads == 1 else 2.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = hardware.probe()
+    assert found["fma_gflops"] == 104.0
+    assert found["read_gbps"] == 9.0
 
 
 def test_another_architecture_declines_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,18 +22,41 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def attention_fault(query: Tensor, key: Tensor, value: Tensor, layout: str, enable_gqa: bool) -> str:
     """The first thing wrong with the main tensors, or an empty string."""
     return (
-        _rank_fault(query, key, value, layout)
+        _kind_fault(query, key, value, layout)
+        or _rank_fault(query, key, value, layout)
         or _type_fault(query, key, value)
         or _size_fault(query, key, value, layout)
         or _head_fault(query, key, layout, enable_gqa)
     )
 
 
-def _rank_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
-    rank, shapes = _SHAPES[layout]
+def _kind_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             return f"{name} expects a tensor and got {type(tensor).__name__}"
+        fault = storage_fault(name, tensor)
+        if fault and tensor.is_nested and layout == "dense":
+            return f"{fault}, or make query, key and value nested tensors of layout torch.jagged"
+        if fault:
+            return fault
+    return ""
+
+
+def storage_fault(name: str, tensor: Tensor) -> str:
+    """Why a tensor has no plain shape and strides, or an empty string; every other check may read both."""
+    if tensor.is_nested:
+        advice = "convert it with torch.nested.to_padded_tensor"
+        return f"{name} expects a dense tensor and is nested ({tensor.layout}); {advice}"
+    if tensor.layout is not torch.strided:
+        return (
+            f"{name} expects a dense tensor and has the layout {tensor.layout}; convert it with .to_dense()"
+        )
+    return ""
+
+
+def _rank_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
+    rank, shapes = _SHAPES[layout]
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != rank:
             advice = "; add the missing dimensions with unsqueeze" if tensor.dim() < rank else ""
             return f"{layout} attention expects {shapes}, and {name} has {tensor.dim()} dimensions: {_shape(tensor)}{advice}"
@@ -80,6 +103,9 @@ def mask_fault(mask: Tensor, query: Tensor, key: Tensor) -> str:
     """The first thing wrong with ``attn_mask``, or an empty string."""
     if not isinstance(mask, Tensor):
         return f"attn_mask expects a tensor and got {type(mask).__name__}; a BlockMask goes to block_mask="
+    fault = storage_fault("attn_mask", mask)
+    if fault:
+        return fault
     if mask.dtype is not torch.bool and mask.dtype not in FLOATING:
         return f"attn_mask expects bool (True takes part) or a floating type (added to the scores) and has {mask.dtype}"
     if mask.device != query.device:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchhal import scope
@@ -22,6 +23,7 @@ from torchhal.attention_call import (
     capture_block_mask,
     capture_mask_mod,
     capture_score_mod,
+    check_number,
     choose,
     diagnose,
     operands_of,
@@ -29,6 +31,7 @@ from torchhal.attention_call import (
     share_batch,
 )
 from torchhal.errors import InvalidProblem
+from torchhal.registry import blame
 from torchhal.selection import fast_cache
 
 _scope = scope.current
@@ -110,9 +113,7 @@ def attention(
             backend,
         )
     if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:
-        if key.size(0) != query.size(0):
-            key, value = share_batch(query, key, value)
-        flags = flags_of(is_causal, enable_gqa, return_lse, backend)
+        flags = _flags_of(is_causal, enable_gqa, return_lse, backend)
         return serve_dense(query, key, value, attn_mask, scale, flags, state)  # type: ignore[no-any-return]
     if isinstance(query, Tensor) and query.is_nested:
         from torchhal import nested
@@ -323,8 +324,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 # ---------------------------------------------------------------------------- eager fast path
 
 
-Dense = tuple[Callable[..., Any] | None, Callable[[], object], float]
-"""The plan's ``run`` (None: torch keeps the call), the counter of its Route, and the default scale."""
+Dense = tuple[Callable[..., Any] | None, Callable[[], object], float, str | None]
+"""The plan's ``run`` (None: torch keeps the call), the counter of its Route, the default scale, and the backend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,6 +351,13 @@ LEFT_TO_TORCH: Final = object()
 flags_of = functools.cache(Flags)
 
 
+def _flags_of(is_causal: bool, enable_gqa: bool, return_lse: bool, backend: str | None) -> Flags:
+    try:
+        return flags_of(is_causal, enable_gqa, return_lse, backend)
+    except TypeError:  # not hashable, so not a name either
+        raise InvalidProblem(f"backend expects the name of a backend, or None, and got {backend!r}") from None
+
+
 def serve_dense(
     query: Tensor,
     key: Tensor,
@@ -361,8 +369,7 @@ def serve_dense(
 ) -> Any:
     """Serve a dense call without user functions: shapes checked, one dictionary look-up, the plan.
 
-    The budget of a whole call is 3 us, so what is read here is what a Problem depends on and no more. The
-    devices of key and value are compared only in words, when a plan is first made; afterwards a kernel refuses them.
+    The budget of a whole call is 3 us, so what is read here is what a Problem depends on and no more.
 
     Args:
         query, key, value, attn_mask, scale: as in :func:`attention`, one batch size throughout.
@@ -372,34 +379,46 @@ def serve_dense(
     Returns:
         The plan's result, or LEFT_TO_TORCH where the policy says so.
     """
-    shape = key.shape
     try:
+        shape = key.shape
         batch, heads, _, size = query.shape
         key_batch, key_heads, _, key_size = shape
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RuntimeError):
         raise InvalidProblem(attention_fault(query, key, value, "dense", flags.enable_gqa)) from None
     value_size = key_size if value.shape == shape else _value_size(query, key, value, flags)
     if batch != key_batch or size != key_size:
         diagnose(query, key, value, "dense", flags.enable_gqa)
-        # attention() has shared a batch of 1 already; torch broadcasts in its own way
-        raise InvalidProblem(f"query has batch size {batch} and key {key_batch}; they must be equal here")
+        if flags.or_torch:  # torch broadcasts in its own way
+            raise InvalidProblem(f"query has batch size {batch} and key {key_batch}")
+        return serve_dense(query, *share_batch(query, key, value), attn_mask, scale, flags, state)
     mask_kind = None if attn_mask is None else _mask_kind(attn_mask, query, key)
-    learns = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    learns = forward_ad._current_level >= 0 or (
+        _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    )
     dtype = query.dtype
     kind = (
         dtype if key.dtype is dtype and value.dtype is dtype else (dtype, key.dtype, value.dtype),
-        query.is_cpu or query.device,  # there is one CPU, and a bool hashes faster than its device
+        # there is one CPU, and a bool hashes faster than its device
+        (query.is_cpu and key.is_cpu and value.is_cpu) or (query.device, key.device, value.device),
         heads, key_heads, size, value_size, mask_kind, learns, state,
     )  # fmt: skip
     dense = flags.plans.get(kind)
     if dense is None:
         selected = choose(Call(query, key, value, attn_mask, **flags.arguments()))
-        dense = flags.plans[kind] = (selected.run, selected.record, size**-0.5)
-    run_plan, record, default_scale = dense
+        dense = flags.plans[kind] = (selected.run, selected.record, size**-0.5, selected.route.chosen)
+    run_plan, record, default_scale, backend = dense
+    if scale is None:
+        scale = default_scale
+    elif type(scale) is not float:
+        scale = check_number("scale", scale)
     record()
     if run_plan is None:
         return LEFT_TO_TORCH
-    return run_plan(query, key, value, attn_mask, default_scale if scale is None else scale, None)
+    try:
+        return run_plan(query, key, value, attn_mask, scale, None)
+    except Exception as error:
+        blame(error, backend)
+        raise
 
 
 def _value_size(query: Tensor, key: Tensor, value: Tensor, flags: Flags) -> int:

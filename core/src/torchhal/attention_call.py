@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchhal._checks import attention_fault, check_paged, check_varlen, mask_fault
@@ -15,6 +17,7 @@ from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import AttentionProblem
 from torchhal.reference.attention import score_dtype
+from torchhal.registry import blame
 from torchhal.selection import Selected, is_traced, select
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -75,12 +78,16 @@ def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     selected = choose(call)
     selected.record()
     assert selected.plan is not None
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else check_number("scale", call.scale)
     if is_traced(call.query) and not selected.plan.traceable:
         from torchhal import ops_families
 
         return ops_families.attention(selected.route, call, scale)
-    return selected.plan.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
+    try:
+        return selected.plan.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
 
 
 def build_problem(call: Call) -> AttentionProblem:
@@ -141,7 +148,8 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
         "captured_tensors": bool(captured),
         "dropout": operands.dropout_p > 0.0,
         "mixed_dtypes": not query.dtype == key.dtype == value.dtype,
-        "backward": grad and any(t.requires_grad for t in (query, key, value)),
+        "backward": forward_ad._current_level >= 0
+        or (grad and any(t.requires_grad for t in (query, key, value))),
         "mask_gradient": grad and mask is not None and mask.requires_grad,
         "captured_gradient": grad and any(t.requires_grad for t in captured),
     }
@@ -151,18 +159,29 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
 # ---------------------------------------------------------------------------- user functions and block masks
 
 
-def capture_score_mod(score_mod: ScoreMod | None, *tensors: Tensor) -> Captured | None:
+def capture_score_mod(
+    score_mod: ScoreMod | None, *tensors: Tensor, capture: Callable[..., Captured] = capture_cached
+) -> Captured | None:
     """Capture a ``score_mod``; the score's type follows from those of query, key and value."""
     if score_mod is None:
         return None
-    return capture_cached(
-        score_mod, (("score", score_dtype(*(t.dtype for t in tensors))), *INDICES), what="score_mod"
-    )
+    inputs = (("score", score_dtype(*(t.dtype for t in tensors))), *INDICES)
+    return _single(capture(score_mod, inputs, what="score_mod"), "score_mod")
 
 
-def capture_mask_mod(mask_mod: MaskMod | None) -> Captured | None:
+def capture_mask_mod(
+    mask_mod: MaskMod | None, *, capture: Callable[..., Captured] = capture_cached
+) -> Captured | None:
     """Capture a ``mask_mod``."""
-    return None if mask_mod is None else capture_cached(mask_mod, INDICES, what="mask_mod")
+    return None if mask_mod is None else _single(capture(mask_mod, INDICES, what="mask_mod"), "mask_mod")
+
+
+def _single(captured: Captured, what: str) -> Captured:
+    if captured.structure == "tuple":
+        raise InvalidProblem(
+            f"{what} has to return one value and returns a tuple of {len(captured.graph.outputs)}"
+        )
+    return captured
 
 
 def capture_block_mask(block_mask: BlockMask | None) -> Captured | None:
@@ -187,6 +206,20 @@ def block_size_of(block_mask: BlockMask, query: Tensor, key: Tensor) -> tuple[in
     return rows, columns
 
 
+def check_number(name: str, value: Any) -> float:
+    """A real number, which may be symbolic.
+
+    Raises:
+        InvalidProblem: it is something else; a tensor would lose its gradient and wait for its device.
+    """
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)) and not isinstance(
+        value, bool
+    ):
+        return value  # type: ignore[return-value]
+    advice = "; multiply the query by it instead" if isinstance(value, Tensor) and name == "scale" else ""
+    raise InvalidProblem(f"{name} expects a number and got {type(value).__name__}{advice}")
+
+
 def operands_of(
     functions: Functions,
     block_mask: BlockMask | None,
@@ -195,7 +228,7 @@ def operands_of(
     **layout: Tensor | None,
 ) -> AttentionOperands:
     """Gather what a call carries beyond its main tensors."""
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0.0 <= check_number("dropout_p", dropout_p) <= 1.0:
         raise InvalidProblem(f"dropout_p expects a probability between 0 and 1 and got {dropout_p}")
     score, mask = functions
     blocks: dict[str, Any] = {}

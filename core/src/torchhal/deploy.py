@@ -102,7 +102,9 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
     import torchhal.ops_families  # noqa: F401  # the operators a package may call
 
-    for backend in registry().backends.values():  # and those that backends bring, registered by their first answer
+    for (
+        backend
+    ) in registry().backends.values():  # and those that backends bring, registered by their first answer
         backend.ask(AttentionProblem(device=torch.device("cpu")))
 
     model: Callable[..., Any] = aoti_load_package(os.fspath(target))

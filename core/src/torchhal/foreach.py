@@ -16,6 +16,7 @@ from torchhal._foreach_groups import Group, captured_by, graph_at, grouped
 from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_plainly
 from torchhal.errors import CaptureError, InvalidProblem
 from torchhal.problems import ForeachProblem
+from torchhal.registry import blame
 from torchhal.selection import Selected, fast_cache, is_traced, select
 
 
@@ -114,7 +115,11 @@ def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
     if out is not None and not plainly_disjoint(out, operands):
         check_aliasing(arrange(operands)[0], [out])
     selected.record()
-    results = selected.run(operands, (), None if out is None else (out,))
+    try:
+        results = selected.run(operands, (), None if out is None else (out,))
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
     return (results if structure == "tuple" else results[0]) if out is None else out
 
 
@@ -184,7 +189,11 @@ def _dispatch(
         is_traced(t) for entry in operands if _is_tensors(entry) for t in entry[:1]
     ):
         return _traced(selected, operands, captured, out)
-    return selected.run(operands, captured, out)  # type: ignore[no-any-return]
+    try:
+        return selected.run(operands, captured, out)  # type: ignore[no-any-return]
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
 
 
 def _traced(

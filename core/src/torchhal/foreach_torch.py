@@ -8,6 +8,7 @@ What stays with torch, and why:
 - numbers that torch's kernels round in a way of their own: an exponent that float32 can not hold (rounded for some
   elements and not for others), a factor that a half type can not hold, in place (rounded there and not
   out of place), and on devices other than the CPU, terms of half types and scaled ``addcdiv``;
+- a bound (``clamp_min``, ``maximum``) or exponent beyond the range of a list's type, which is an error in torch;
 - tensors that are not dense and floating, on several devices, of a subclass, or that share memory with a
   destination;
 - everything torch refuses (lists that are empty or of different lengths), so that the error is torch's own.
@@ -15,6 +16,7 @@ What stays with torch, and why:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +31,8 @@ from torchhal.foreach import LEFT_TO_TORCH, Policy, serve
 
 FLOATS: Final = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 DEFAULT: Final = Policy()
+_RANGED: Final = (torch.clamp_min, torch.clamp_max, torch.maximum, torch.minimum, torch.pow)
+"""Functions whose number torch's kernels convert to the list's type, and refuse if that overflows."""
 _DENSE: Final = (Tensor, torch.nn.Parameter)
 
 
@@ -209,17 +213,24 @@ def _exact(rule: Rule, operands: Sequence[Any], in_place: bool) -> bool:
     if not _is_list_of_tensors(first) or len(operands) == 1 or _is_list_of_tensors(last):
         return True
     numbers = last if isinstance(last, (list, tuple)) else [last]
+    fits = rule.fn not in _RANGED or all(
+        _in_range(dtype, number) for dtype in {t.dtype for t in first} for number in numbers
+    )
     if (
         rule.shape == "power"
     ):  # the last few elements of a tensor are raised to the double, the others to the float32
-        return all(_holds(torch.float32, number) for number in numbers)
+        return fits and all(_holds(torch.float32, number) for number in numbers)
     if rule.shape == "ternary":
         return first[0].device.type == "cpu" or all(number == 1 for number in numbers)
     rounded = (rule.fn is torch.mul and in_place) or (
         rule.fn in (torch.add, torch.sub) and first[0].device.type != "cpu"
     )
     halves = {tensor.dtype for tensor in first} & {torch.bfloat16, torch.float16}
-    return not rounded or all(_holds(dtype, number) for dtype in halves for number in numbers)
+    return fits and (not rounded or all(_holds(dtype, number) for dtype in halves for number in numbers))
+
+
+def _in_range(dtype: torch.dtype, number: float) -> bool:
+    return not math.isfinite(number) or abs(number) <= torch.finfo(dtype).max
 
 
 def _holds(dtype: torch.dtype, number: float) -> bool:

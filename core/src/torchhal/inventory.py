@@ -126,7 +126,11 @@ def _version(distribution: str) -> str:
 
 def _claims(claims: Any) -> dict[str, Any]:
     values = {item.name: getattr(claims, item.name) for item in dataclasses.fields(claims)}
-    sets = {name: sorted(map(_name, value)) for name, value in values.items() if isinstance(value, frozenset)}
+    sets = {
+        name: sorted(map(_name, value))
+        for name, value in values.items()
+        if isinstance(value, (set, frozenset))
+    }
     return {**sets, "features": [name for name, value in values.items() if value is True]}
 
 

@@ -98,7 +98,9 @@ def write(registry: Registry, entries: Mapping[str, Mapping[str, Any]], path: Pa
 
 def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     changed = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-    return "; ".join(f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}" for key in changed)
+    return "; ".join(
+        f"{key} was {then.get(key, 'absent')!r}, is {now.get(key, 'absent')!r}" for key in changed
+    )
 
 
 def _processor() -> str:

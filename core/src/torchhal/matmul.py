@@ -16,6 +16,7 @@ from torchhal.errors import InvalidProblem
 from torchhal.operands import MatmulOperands, PackedWeight
 from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import MatmulProblem
+from torchhal.registry import blame
 from torchhal.selection import Selected, fast_cache, is_traced, select
 
 INDICES = tuple((name, torch.int32) for name in ("batch", "row", "col"))
@@ -184,7 +185,11 @@ def _dispatch(
         from torchhal import ops_families
 
         return ops_families.matmul(selected.route, a, b, bias, operands)
-    return selected.run(a, b, bias, operands)  # type: ignore[no-any-return]
+    try:
+        return selected.run(a, b, bias, operands)  # type: ignore[no-any-return]
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
 
 
 def choose(call: Call) -> Selected:

@@ -50,7 +50,8 @@ def flex_attention(
     masked = not (rows == _NO_BLOCKS and columns == _NO_BLOCKS and mask_mod is noop_mask)
     wants_lse = bool(options.get("OUTPUT_LOGSUMEXP", False))
     features = _features(query, key, value, score_mod is not None, masked, wants_lse)
-    special = options.get("OUTPUT_MAX", False) or options.get("BACKEND", "AUTO") != "AUTO"
+    autocast = torch.is_autocast_enabled(query.device.type)
+    special = autocast or options.get("OUTPUT_MAX", False) or options.get("BACKEND", "AUTO") != "AUTO"
     if special or not improvable(
         mode.backend, query.device, query.dtype, features, scope.current.state is scope.current
     ):

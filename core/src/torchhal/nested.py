@@ -32,26 +32,12 @@ def attention(
     Raises:
         InvalidProblem: a tensor is not nested in this way, or a mask of one common shape was given.
     """
-    if attn_mask is not None:
-        raise InvalidProblem(
-            "attn_mask has one shape and nested sequences have many; say it as a mask_mod of torchhal.varlen_attention"
-        )
-    if block_mask is not None:
-        raise InvalidProblem(
-            "a BlockMask has blocks of one common length and nested sequences have many; pass its mask_mod to torchhal.varlen_attention"
-        )
-    packed_query, lengths_q = _packed("query", query)
-    packed_key, lengths_k = _packed("key", key)
-    packed_value, lengths_v = _packed("value", value)
-    if lengths_k is not lengths_v and not torch.equal(lengths_k, lengths_v):
-        raise InvalidProblem("key and value are nested with different lengths; each key needs its value")
+    packed = unpack(query, key, value, attn_mask, block_mask)
     functions = Functions(capture_score_mod(score_mod, query, key, value))
-    lengths = {"cu_seqlens_q": lengths_q.to(torch.int32), "cu_seqlens_k": lengths_k.to(torch.int32)}
-    operands = operands_of(functions, None, dropout_p, packed_query, **lengths)
+    lengths = {"cu_seqlens_q": packed[3], "cu_seqlens_k": packed[4]}
+    operands = operands_of(functions, None, dropout_p, packed[0], **lengths)
     call = Call(
-        packed_query,
-        packed_key,
-        packed_value,
+        *packed[:3],
         None,
         "varlen",
         functions,
@@ -63,7 +49,37 @@ def attention(
         return_lse,
         backend,
     )
-    result = run(call)
+    return repack(run(call), query)  # type: ignore[no-any-return]
+
+
+def unpack(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, block_mask: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Packed query, key and value, and the cumulative lengths of queries and keys as int32.
+
+    Raises:
+        InvalidProblem: a tensor is not nested jagged, or a mask of one common shape was given.
+    """
+    if attn_mask is not None:
+        raise InvalidProblem(
+            "attn_mask has one shape and nested sequences have many; say it as a mask_mod of torchhal.varlen_attention"
+        )
+    if block_mask is not None:
+        raise InvalidProblem(
+            "a BlockMask has blocks of one common length and nested sequences have many; "
+            "pass its mask_mod to torchhal.varlen_attention"
+        )
+    packed_query, lengths_q = _packed("query", query)
+    packed_key, lengths_k = _packed("key", key)
+    packed_value, lengths_v = _packed("value", value)
+    tracing = torch.compiler.is_compiling()  # whose lengths are symbols, equal where the sizes are
+    if lengths_k is not lengths_v and not tracing and not torch.equal(lengths_k, lengths_v):
+        raise InvalidProblem("key and value are nested with different lengths; each key needs its value")
+    return packed_query, packed_key, packed_value, lengths_q.to(torch.int32), lengths_k.to(torch.int32)
+
+
+def repack(result: Any, query: Tensor) -> Any:
+    """Packed results ragged again as the query is."""
     if isinstance(result, tuple):
         return _nested(result[0], query), _nested(result[1], query)
     return _nested(result, query)

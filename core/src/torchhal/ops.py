@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torchhal.problems import Plan, Problem
+from torchhal.registry import blame
 from torchhal.selection import Route, fast_cache, select
 
 library: Any = torch.library.Library("torchhal", "DEF")  # type: ignore[no-untyped-call]
@@ -92,7 +93,11 @@ def define(family: str, operator: Operator) -> None:
 
 def _run(family: str, tensors: Sequence[Tensor], call: str, problem: str, backend: str) -> Sequence[Tensor]:
     question, plan = planned(problem, backend)
-    return OPERATORS[family].run(plan, question, tensors, json.loads(call))
+    try:
+        return OPERATORS[family].run(plan, question, tensors, json.loads(call))
+    except Exception as error:
+        blame(error, backend)
+        raise
 
 
 def _settle(result: Tensor, like: Tensor) -> Tensor:

@@ -217,6 +217,10 @@ class Plan:
     workspace: str = "none"
     """Extra memory beyond the outputs, as a formula in the problem's lengths, for example ``O(L)``."""
 
+    def __post_init__(self) -> None:
+        if not callable(self.run):
+            raise InvalidProblem(f"the run of a Plan expects a function and got {self.run!r}")
+
 
 @dataclass(frozen=True)
 class Decline:
@@ -411,4 +415,3 @@ class BackendInfo:
     """Looks at the hardware and returns what ``torchhal doctor`` shows: device names, driver, measured
     ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not)."""
     version: str = ""
-    install_hint: str = ""

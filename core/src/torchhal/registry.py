@@ -14,7 +14,8 @@ import pluggy
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from torchhal import hookspecs
-from torchhal.errors import BackendLoadError, BackendNotFound
+from torchhal._identity import field_fault
+from torchhal.errors import BackendLoadError, BackendNotFound, InvalidProblem
 from torchhal.problems import SPEC_VERSION, BackendInfo, Decline, Plan, Problem
 
 ENTRY_POINT_GROUP: Final = "torchhal.backends"
@@ -76,7 +77,9 @@ class Backend:
         caller = getattr(self.manager.hook, name)
         try:
             answers = caller(problem=problem)
-        except Exception as error:  # a plugin's fault must not take the others down
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin's fault, SystemExit included, must not take the others down
             return Decline("hook_error", f"hook {name} of backend '{self.name}' raised {_one_line(error)}")
         if not answers:
             return Decline("unclaimed_family", f"has no plan for this {problem.family} problem")
@@ -87,6 +90,13 @@ class Backend:
                 f"hook {name} of backend '{self.name}' returned {answer!r} instead of a Plan or a Decline",
             )
         return answer
+
+
+def blame(error: BaseException, backend: str | None) -> None:
+    """Note on an error that left a plan whose plan it was; the reference's errors are the core's own."""
+    note = f"raised by the plan of backend '{backend}'"
+    if backend not in (None, REFERENCE) and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 class Registry:
@@ -104,9 +114,15 @@ class Registry:
         """The backend called ``name``.
 
         Raises:
+            InvalidProblem: ``name`` is no string.
             BackendLoadError: it is installed and failed to load.
             BackendNotFound: it is not installed; says what is, and how to install known ones.
         """
+        if not isinstance(name, str):
+            example = f"such as '{REFERENCE}'"
+            raise InvalidProblem(
+                f"a choice of backend expects the name of a backend, {example}, and got {name!r} ({type(name).__name__})"
+            )
         if name in self.backends:
             return self.backends[name]
         if name in self.failures:
@@ -210,9 +226,9 @@ def _load_entry_point(point: metadata.EntryPoint, taken: Mapping[str, Backend]) 
         )
     try:
         plugin = point.load()
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # an import can fail with anything, SystemExit included
-        if isinstance(error, KeyboardInterrupt):
-            raise
         return LoadFailure(point.name, distribution, "import", _one_line(error), traceback.format_exc())
     return verify(point.name, distribution, plugin, point.dist.version if point.dist else "")
 
@@ -224,11 +240,15 @@ def verify(name: str, distribution: str, plugin: Any, version: str = "") -> Back
     try:
         manager.register(plugin, name=name)
         _refuse_unknown_hooks(manager, plugin)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return LoadFailure(name, distribution, "verify", _one_line(error), traceback.format_exc())
     try:
         answers = manager.hook.torchhal_backend()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         reason = f"its hook torchhal_backend raised {_one_line(error)}"
         return LoadFailure(name, distribution, "identity", reason, traceback.format_exc())
     problem = _identity_problem(name, answers)
@@ -257,6 +277,9 @@ def _identity_problem(name: str, answers: list[Any]) -> tuple[str, str] | None:
         got = repr(answers[0]) if answers else "nothing"
         return "identity", f"its hook torchhal_backend must return a torchhal.BackendInfo and returned {got}"
     info = answers[0]
+    fault = field_fault(info)
+    if fault:
+        return "identity", fault
     if info.name != name:
         return "identity", f"it calls itself '{info.name}' and its entry point '{name}'; the two must agree"
     try:

@@ -7,6 +7,7 @@ the lock file are read when a problem is first met; :func:`reset` makes torchhal
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchhal import environment, lock, scope
@@ -49,7 +49,9 @@ class Route:
     @property
     def count(self) -> int:
         """How many calls took this route: under torch.compile, how many times it was traced."""
-        return int(repr(self._calls)[len("count(") : -1])  # itertools.count shows its next number, and only so
+        return int(
+            repr(self._calls)[len("count(") : -1]
+        )  # itertools.count shows its next number, and only so
 
     def to_json(self) -> str:
         """The route as JSON, with the problem in its text form."""
@@ -131,7 +133,10 @@ def reset() -> None:
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether the tensor stands for data that a compiler will see later: fake, functional, a proxy."""
-    return type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
+    return type(tensor).__name__ in (
+        "FakeTensor",
+        "FunctionalTensor",
+    )  # by name: their modules are slow to import
 
 
 def routes() -> list[Route]:
@@ -148,10 +153,11 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
     Raises:
         InvalidProblem: ``fn`` made no call that torchhal routes.
     """
-    from torchhal.mode import enable
+    from torchhal.mode import active_mode, enable
 
+    around = active_mode() or enable()
     try:
-        with scope.changed(backend=_Explaining(scope.chosen_backend() or "")), enable():
+        with scope.changed(backend=_Explaining(scope.chosen_backend() or "")), around:
             fn(*args, **kwargs)
     except _Explained as answer:
         return answer.route
@@ -229,9 +235,11 @@ class _Selection:
         if announce and self.passed_over and not self.strict:
             warnings.warn(self._fallback_text(selected.route), FallbackWarning, stacklevel=4)
         if self.passed_over and self.strict:
-            raise Unsupported(
-                f"strict mode forbids the fallback: {self._fallback_text(selected.route)}", selected.route
+            text = self._fallback_text(selected.route)
+            refused = dataclasses.replace(
+                selected.route, chosen=None, rule="strict mode, which forbids a fallback"
             )
+            raise Unsupported(f"strict mode forbids the fallback: {text}", refused)
         return selected
 
     # -- explicit choices

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from torchhal import scope
+from torchhal import nested, scope
 from torchhal.attention_call import (
-    INDICES,
     Call,
     Functions,
     block_size_of,
+    capture_mask_mod,
+    capture_score_mod,
     operands_of,
     run,
     share_batch,
 )
 from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
-from torchhal.mode import sdpa_traced
+from torchhal.mode_sdpa import Arguments, Settings, served_or_torchs
 from torchhal.ops import Description
 from torchhal.ops_families import attention_shapes
 from torchhal.pointwise import capture
@@ -35,6 +36,12 @@ def attention(
     is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.attention`."""
+    if query.is_nested:
+        packed = nested.unpack(query, key, value, attn_mask, block_mask)
+        result = varlen_attention(
+            *packed, score_mod, None, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
+        )
+        return nested.repack(result, query)
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
@@ -60,14 +67,13 @@ def attention(
     )
 
 
-def scaled_dot_product_attention(
-    backend: str | None, strict: bool | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    is_causal: bool, scale: float | None, enable_gqa: bool,
-) -> Any:  # fmt: skip
+def scaled_dot_product_attention(settings: Settings, given: Arguments) -> Any:
     """Torch's own attention under the mode; whether torch keeps it is decided when the node is run."""
+    query, key, value, attn_mask, _, is_causal, scale, enable_gqa = given
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
+    backend, strict = settings
     return _record(
         "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, backend, None, True, strict
     )
@@ -132,7 +138,9 @@ def _record(
         return_lse=return_lse, backend=backend, or_torch=or_torch, strict=strict,
         scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
-    results = record(call, (scale, block_size, dropout_p), list(tensors.values()), functions)
+    # A symbolic scale that a function closes over too would be lifted into the body under this node's feet.
+    own_scale = None if scale is None else scale * 1.0
+    results = record(call, (own_scale, block_size, dropout_p), list(tensors.values()), functions)
     return (results[0], results[1]) if return_lse else results[0]
 
 
@@ -152,11 +160,11 @@ def _run(
     if query is None or key is None or value is None:
         raise InvalidProblem("an attention call needs query, key and value")
     if call["or_torch"]:
-        flags = call["is_causal"], scale, call["enable_gqa"]
-        return (sdpa_traced(call["backend"], call["strict"], query, key, value, attn_mask, 0.0, *flags),)
+        given = Arguments(query, key, value, attn_mask, 0.0, call["is_causal"], scale, call["enable_gqa"])
+        return (served_or_torchs(Settings(call["backend"], call["strict"]), given),)
     if call["layout"] == "dense":
         key, value = share_batch(query, key, value)
-    captured = _capture(call, query, key, value, list(functions))
+    captured = _capture(call, (query, key, value), functions)
     operands = operands_of(captured, None, float(dropout_p), query, **named)
     result = run(
         Call(
@@ -178,15 +186,10 @@ def _run(
     return result if isinstance(result, tuple) else (result,)
 
 
-def _capture(
-    call: Description, query: Tensor, key: Tensor, value: Tensor, functions: list[Callable[..., Any]]
-) -> Functions:
-    score, mask = None, None
-    if call["has_score_mod"]:
-        inputs = (("score", score_dtype(query.dtype, key.dtype, value.dtype)), *INDICES)
-        score = capture(functions.pop(0), inputs, what="score_mod")
-    if call["has_mask_mod"]:
-        mask = capture(functions.pop(0), INDICES, what="mask_mod")
+def _capture(call: Description, main: Sequence[Tensor], functions: Sequence[Callable[..., Any]]) -> Functions:
+    pending = iter(functions)
+    score = capture_score_mod(next(pending), *main, capture=capture) if call["has_score_mod"] else None
+    mask = capture_mask_mod(next(pending), capture=capture) if call["has_mask_mod"] else None
     return Functions(score, mask)
 
 

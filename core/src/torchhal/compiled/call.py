@@ -125,7 +125,7 @@ def record(
             result = function(*torch.ops.torchhal.arguments(main[0], describe(arguments=arguments)))
             counts.append(len(result) if isinstance(result, tuple) else 0)
             for output in result if isinstance(result, tuple) else (result,):
-                outputs.append(output if isinstance(output, Tensor) else torch.full((1,), output))
+                outputs.append(output if isinstance(output, Tensor) else torch.full((), output))
         return torch.ops.torchhal.results(list(main), outputs, counts, call)
 
     return _call(body, *tensors, call=call, numbers=numbers)

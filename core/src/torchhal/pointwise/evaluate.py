@@ -11,7 +11,7 @@ from torch import Tensor
 from torchhal.errors import InvalidProblem
 from torchhal.pointwise.dtypes import NAME_OF, is_float
 from torchhal.pointwise.graph import Graph, Node
-from torchhal.pointwise.primitives import PRIMITIVES
+from torchhal.pointwise.primitives import PRIMITIVES, TENSOR_FIRST
 
 
 def evaluate(
@@ -100,6 +100,8 @@ class _Evaluation:
             isinstance(operand, Tensor) for operand in self._typing(node, operands)
         ):
             operands = [self._tensor(i) for i in node.operands]
+        elif node.primitive in TENSOR_FIRST:
+            operands[0] = self._tensor(node.operands[0])
         return word.torch(*operands)
 
     @staticmethod

@@ -105,11 +105,6 @@ class Graph:
         """The primitives in use: what a backend must be able to lower."""
         return frozenset(node.primitive for node in self.nodes)
 
-    @property
-    def used_inputs(self) -> frozenset[int]:
-        """Positions of the inputs the outputs depend on."""
-        return frozenset(n.position for n in self.nodes if n.primitive == "input")
-
     def to_text(self) -> str:
         """Compact canonical JSON; equal graphs give equal text on every machine."""
         return self._text

@@ -149,16 +149,14 @@ def _table() -> dict[str, Primitive]:
 PRIMITIVES: Final[dict[str, Primitive]] = _table()
 """Every primitive by name; closed: a graph holds no other."""
 
+TENSOR_FIRST: Final = frozenset(("fmod", "clamp_min", "clamp_max", *_COMPARISONS))
+"""Primitives that torch computes with a Python number for any operand but the first."""
+
 COMMUTATIVE: Final = frozenset(
     ("add", "mul", "min", "max", "eq", "ne", "logical_and", "logical_or", "logical_xor",
      "bitwise_and", "bitwise_or", "bitwise_xor")
 )  # fmt: skip
 """Primitives whose operands may be swapped without changing a single bit; constants go to the right."""
-
-
-def result_dtype(name: str, dtypes: Sequence[torch.dtype]) -> torch.dtype | None:
-    """The dtype of primitive ``name`` over operands of ``dtypes``; None where they do not fit."""
-    return PRIMITIVES[name].rule(dtypes)
 
 
 def misfit(name: str, dtypes: Sequence[torch.dtype]) -> str:

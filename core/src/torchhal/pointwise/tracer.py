@@ -12,7 +12,7 @@ from torchhal.pointwise.builder import GraphBuilder
 from torchhal.pointwise.dtypes import NAME_OF, Number
 from torchhal.pointwise.names import advice_for, name_of
 from torchhal.pointwise.promotion import Kind
-from torchhal.pointwise.values import CapturedView, Recorded, Value
+from torchhal.pointwise.values import CapturedView, Value
 
 _PYTHON_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool}
 
@@ -202,8 +202,3 @@ class Tracer(GraphBuilder):
                 "indices are int32 or int64: write index.to(torch.int32), or torch.where for a mask",
             )
         return value
-
-
-def is_recorded(item: object) -> bool:
-    """Whether ``item`` is a stand-in of a running capture."""
-    return isinstance(item, Recorded)

@@ -124,7 +124,7 @@ def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: Att
     query, key, value = (tensor.to(dtype) for tensor in (piece.query, piece.key, piece.value))
     grid = Grid.of(piece)
     visible = visible_pairs(problem, piece, grid, operands)
-    scores = _ungroup(pair_products(_group(query, key.shape[1]), key), query.shape[1]) * scale
+    scores = _ungroup(pair_products(_group(query, key.shape[1]), key), query) * scale
     scores = _modified(problem, scores, visible, grid, operands)
     if piece.mask is not None and piece.mask.is_floating_point():
         scores = scores + piece.mask.to(dtype)
@@ -138,7 +138,7 @@ def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: Att
     groups = key.shape[1]
     grouped_counts = None if counts is None else _group(counts, groups)
     out = weighted_sum(_group(weights, groups), grouped_counts, value)
-    return _ungroup(out, query.shape[1]).to(piece.query.dtype), lse
+    return _ungroup(out, query).to(piece.query.dtype), lse
 
 
 def _group(tensor: Tensor, groups: int) -> Tensor:
@@ -147,9 +147,9 @@ def _group(tensor: Tensor, groups: int) -> Tensor:
     return tensor.reshape(batch, groups, heads // max(groups, 1) * rows, width)
 
 
-def _ungroup(tensor: Tensor, heads: int) -> Tensor:
-    batch, groups, rows, width = tensor.shape
-    return tensor.reshape(batch, heads, groups * rows // max(heads, 1), width)
+def _ungroup(tensor: Tensor, query: Tensor) -> Tensor:
+    """The inverse of :func:`_group`: (B, Hq, L, X), with the query's own L, which no division finds if Hq is 0."""
+    return tensor.reshape(tensor.shape[0], *query.shape[1:3], tensor.shape[-1])
 
 
 def _softmax(scores: Tensor, counts: Tensor | None) -> Result:
@@ -214,6 +214,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Result:
     Raises:
         InvalidProblem: no parts, or shapes, dtypes or devices that do not belong together.
     """
+    _check_lists(outs, lses)
     _check_parts(outs, lses)
     dtype = score_dtype(outs[0].dtype, *(lse.dtype for lse in lses))
     logs = torch.stack([lse.to(dtype) for lse in lses], -1)
@@ -223,6 +224,17 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Result:
     # Not a matrix product: those may be rounded to tf32, and this is all that is left of the precision.
     out = (weights.unsqueeze(-1) * torch.where(counts.unsqueeze(-1), parts, 0.0)).sum(-2)
     return out.to(outs[0].dtype), lse
+
+
+def _check_lists(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise InvalidProblem(
+                f"{name} expects a list of tensors, one for each part, and got {type(parts).__name__}"
+            )
+        for i, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                raise InvalidProblem(f"{name}[{i}] expects a tensor and got {type(part).__name__}")
 
 
 def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
@@ -241,6 +253,8 @@ def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             raise InvalidProblem(
                 f"outputs and LSEs must be floating; part {i} has {out.dtype} and {lse.dtype}"
             )
+        if out.dim() == 0:
+            raise InvalidProblem(f"outs[{i}] expects (..., Ev), at least one dimension, and has none")
         if lse.shape != out.shape[:-1] or lse.device != out.device:
             got, expected = f"{tuple(lse.shape)} on {lse.device}", f"{tuple(out.shape[:-1])} on {out.device}"
             raise InvalidProblem(

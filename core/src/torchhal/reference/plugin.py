@@ -110,7 +110,6 @@ def torchhal_backend() -> BackendInfo:
         spec=f">={SPEC_VERSION},<2",
         capabilities=CAPABILITIES,
         probe=probe,
-        install_hint="part of torchhal itself",
     )
 
 

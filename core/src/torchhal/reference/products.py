@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import is_fake
 
 
@@ -34,6 +35,8 @@ def weighted_sum(weights: Tensor, counts: Tensor | None, values: Tensor) -> Tens
 
 
 class _PairProducts(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
         return _product(left, right.mT)
@@ -41,6 +44,12 @@ class _PairProducts(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        left, right = ctx.saved_tensors
+        return pair_products(tangents[0], right) + pair_products(left, tangents[1])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -53,6 +62,8 @@ class _PairProducts(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weights: Tensor, counts: Tensor | None, values: Tensor) -> Tensor:
         if counts is None or _known_finite(values):
@@ -63,6 +74,15 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        weights, counts, values = ctx.saved_tensors
+        for_weights, _, for_values = tangents
+        if counts is not None:
+            for_weights = torch.where(counts, for_weights, 0.0)
+        return weighted_sum(for_weights, counts, values) + weighted_sum(weights, counts, for_values)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -88,7 +108,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _known_finite(values: Tensor) -> bool:
     # On the CPU a look costs little and saves two products; elsewhere the host would wait for the device.
-    return values.device.type == "cpu" and not is_fake(values) and bool(torch.isfinite(values).all())
+    if values.device.type != "cpu" or is_fake(values) or is_functorch_wrapped_tensor(values):
+        return False
+    return bool(torch.isfinite(values).all())
 
 
 def _infinities(counts: Tensor, values: Tensor) -> Tensor:
