@@ -34,8 +34,11 @@ class Mode(TorchFunctionMode):
         super().__init__()
         self.backend = backend
         self.strict = strict
-        # A mode made inside a compiled function is used there alone, where nothing reads its flags.
-        self.flags = None if torch.compiler.is_dynamo_compiling() else four_flags(backend, strict)
+        # Dynamo can not trace how these are made. A mode that is made inside a compiled function goes without:
+        # nothing reads its flags there, and torch keeps the attention of nn.MultiheadAttention.
+        tracing = torch.compiler.is_dynamo_compiling()
+        self.flags = None if tracing else four_flags(backend, strict)
+        self.multi_head_attention_forward = None if tracing else _with_attention(backend, strict)
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is sdpa:  # also among the handlers; first here, since it is the call whose microseconds count
@@ -121,14 +124,9 @@ def _any_override(tensors: Sequence[Tensor | None]) -> bool:
     return any([t is not None and type(t) not in plain for t in tensors])  # noqa: C419  # Dynamo traces lists
 
 
-@constant_while_tracing
-def _multi_head_attention_forward(backend: str | None, strict: bool | None) -> Callable[..., Any]:
-    return _with_attention(backend, strict)
-
-
 def multi_head_attention_forward(mode: Mode, *args: Any, **kwargs: Any) -> Any:
     """Run torch's multi-head attention so that the attention inside is served."""
-    return _multi_head_attention_forward(mode.backend, mode.strict)(*args, **kwargs)
+    return (mode.multi_head_attention_forward or F.multi_head_attention_forward)(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------- flex_attention
