@@ -4,7 +4,7 @@
     python examples/compare.py "Name three rivers." --repeat 5 --json
 
 Both sides run in one process and take turns, so that whatever else the machine does meets both alike. Printed are the
-answers, tokens per second of both (medians), the largest difference of the logits along the answer, and which
+answers, tokens per second of both, the largest difference of the logits along the answer, and which
 backend served what. Then ``torchhal run chat.py`` has to give the first answer once more, from a process of its own.
 
 Exit code 1 when an attention call was not served by the expected backend or, in float32, when the answers differ.
@@ -21,19 +21,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import chat
 import torch
+from comparison import SIDES, Comparison, overall, served_text, show, title
 from transformers import DynamicCache
 
 import torchhal
 
 HERE: Final = Path(__file__).resolve().parent
-SIDES: Final = ("torch", "torchhal")
 LONG: Final = "Summarise the following text in three sentences.\n\n"
 FAMILY: Final = "attention"
 
@@ -98,43 +98,6 @@ def forced_logits(model: Any, answer: chat.Answer) -> torch.Tensor:
     return torch.cat(rows).float()
 
 
-@dataclass
-class Comparison:
-    """One question: the answers of each side, one per repetition, and what they differ by."""
-
-    question: str
-    answers: dict[str, list[chat.Answer]]
-    logit_difference: float
-    logit_range: float
-    """Largest magnitude of torch's own logits, to read the difference against."""
-
-    @property
-    def identical(self) -> bool:
-        """Whether every repetition of both sides gave the same tokens."""
-        return len({tuple(answer.tokens) for answers in self.answers.values() for answer in answers}) == 1
-
-    def agreeing(self) -> int:
-        """How many tokens both sides have in common from the start."""
-        pairs = zip(*(self.answers[side][0].tokens for side in SIDES))
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, self.tokens().values())))
-
-    def tokens(self) -> dict[str, list[int]]:
-        return {side: self.answers[side][0].tokens for side in SIDES}
-
-    def seconds(self, side: str, what: Callable[[chat.Answer], float]) -> float:
-        return statistics.median(what(answer) for answer in self.answers[side])
-
-    def rates(self, side: str) -> dict[str, float | None]:
-        """Median tokens per second: of the prompt, of the answer after its first token, and of the answer in all."""
-        first = self.answers[side][0]
-        decode = self.seconds(side, lambda answer: answer.decode)
-        return {
-            "prefill": len(first.prompt) / self.seconds(side, lambda answer: answer.prefill),
-            "decode": (len(first.tokens) - 1) / decode if decode else None,
-            "total": len(first.tokens) / self.seconds(side, lambda answer: answer.total),
-        }
-
-
 def compare(ledger: Ledger, tokenizer: Any, question: str, repeat: int, max_new_tokens: int) -> Comparison:
     """Both sides in turn, ``repeat`` times, each side being first as often as the other."""
     answers: dict[str, list[chat.Answer]] = {side: [] for side in SIDES}
@@ -149,12 +112,6 @@ def compare(ledger: Ledger, tokenizer: Any, question: str, repeat: int, max_new_
             logits[side] = forced_logits(ledger.model, answers["torch"][0])
     difference = (logits["torch"] - logits["torchhal"]).abs().max().item()
     return Comparison(question, answers, difference, logits["torch"].abs().max().item())
-
-
-def overall(comparisons: list[Comparison], side: str) -> float:
-    """Answer tokens per second over all questions."""
-    tokens = sum(len(c.answers[side][0].tokens) for c in comparisons)
-    return tokens / sum(c.seconds(side, lambda answer: answer.total) for c in comparisons)
 
 
 @dataclass(frozen=True)
@@ -185,8 +142,9 @@ def unserved(what: str, served: dict[str, int], expected: int, backend: str) -> 
     """A sentence if not exactly ``expected`` calls were served, all of them by ``backend``."""
     if served == {backend: expected}:
         return []
-    found = ", ".join(f"{count} by {name}" for name, count in served.items()) or "none"
-    return [f"{what}: expected {expected} attention calls served by {backend}, and found {found}"]
+    return [
+        f"{what}: expected {expected} attention calls served by {backend}, and found {served_text(served)}"
+    ]
 
 
 def failures(
@@ -208,86 +166,18 @@ def failures(
     return found
 
 
-def title(question: str) -> str:
-    """The question's first line, and how much follows."""
-    head, _, rest = question.partition("\n")
-    return f"{head} [{len(rest.split())} words]" if rest else head
-
-
-def show(comparison: Comparison) -> None:
-    """Print one question's answers and numbers."""
-    first = {side: comparison.answers[side][0] for side in SIDES}
-    print(f"\n> {title(comparison.question)}")
-    if comparison.identical:
-        print(f"both: {first['torch'].text}")
-        print(f"identical tokens: {len(first['torch'].tokens)}")
-    else:
-        print("\n".join(f"{side}: {first[side].text}" for side in SIDES))
-        print(f"the first {comparison.agreeing()} tokens are the same")
-    difference, most = comparison.logit_difference, comparison.logit_range
-    print(f"largest logit difference {difference:.2g} (logits up to {most:.0f})")
-    rates = {side: comparison.rates(side) for side in SIDES}
-    print(f"{'tokens/s':<28}{'torch':>10}{'torchhal':>10}{'ratio':>8}")
-    given = len(first["torch"].prompt)
-    names = {
-        "prefill": f"prompt ({given} tokens)",
-        "decode": "answer, later tokens",
-        "total": "answer in all",
-    }
-    for key, name in names.items():
-        ours, theirs = rates["torchhal"][key], rates["torch"][key]
-        if ours is not None and theirs is not None:
-            print(f"{name:<28}{theirs:>10.1f}{ours:>10.1f}{ours / theirs:>8.2f}")
-
-
-def show_all(document: dict[str, Any], comparisons: list[Comparison]) -> None:
-    """Print the whole result."""
-    dtype, threads, repeat = (document[name] for name in ("dtype", "threads", "repeat"))
-    print(f"SmolLM2-135M-Instruct in {dtype}, {threads} threads, greedy; medians of {repeat} turns")
-    for comparison in comparisons:
-        show(comparison)
-    torchs, ours, ratio = (document["tokens_per_second"][name] for name in (*SIDES, "ratio"))
-    print(f"\nall questions: torch {torchs:.1f}, torchhal {ours:.1f} tokens/s, ratio {ratio:.2f}")
-    attention = document["attention"]
-    passes, layers, expected = (attention[name] for name in ("passes", "layers", "expected"))
-    print(f"attention: {passes} forward passes of {layers} layers, {expected} calls expected")
-    print(f"\n{'calls':>8}  {'served by':<10} problem")
-    for route in torchhal.routes():
-        print(f"{route.count:>8}  {route.chosen or 'nobody':<10} {route.problem.summary()}")
-        print(f"{'':>20} by {route.rule} ({route.description})")
-    if command := document["torchhal_run"]:
-        served = ", ".join(f"{count} by {name}" for name, count in command["served"].items())
-        print(f"\ntorchhal run chat.py: exit code {command['code']}, attention calls served: {served}")
-    print("\n".join(f"FAILED: {text}" for text in document["failures"]) or "\nok")
-
-
-def question_document(c: Comparison) -> dict[str, Any]:
-    times = {s: [{"prefill": a.prefill, "decode": a.decode} for a in c.answers[s]] for s in SIDES}
-    return {
-        "question": c.question,
-        "prompt_tokens": len(c.answers["torch"][0].prompt),
-        "answers": {side: c.answers[side][0].text for side in SIDES},
-        "tokens": c.tokens(),
-        "identical": c.identical,
-        "largest_logit_difference": c.logit_difference,
-        "largest_logit": c.logit_range,
-        "tokens_per_second": {side: c.rates(side) for side in SIDES},
-        "seconds": times,
-    }
-
-
 def result(
     options: argparse.Namespace, comparisons: list[Comparison], ledger: Ledger, command: CommandRun | None
 ) -> dict[str, Any]:
     """The JSON document."""
-    rates = {side: overall(comparisons, side) for side in SIDES}
     exact = options.dtype == "float32"
     return {
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "repeat": options.repeat,
-        "questions": [question_document(c) for c in comparisons],
-        "tokens_per_second": {**rates, "ratio": rates["torchhal"] / rates["torch"]},
+        "questions": [comparison.document() for comparison in comparisons],
+        "tokens_per_second": overall(comparisons, statistics.median),
+        "best_tokens_per_second": overall(comparisons, min),
         "attention": {
             "layers": ledger.model.config.num_hidden_layers,
             "passes": ledger.passes,
@@ -343,7 +233,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(document, indent=2))
     else:
-        show_all(document, comparisons)
+        show(document, comparisons, torchhal.routes())
     raise SystemExit(1 if document["failures"] else 0)
 
 

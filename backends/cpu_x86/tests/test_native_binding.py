@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from native_cases import DTYPES, LIBRARY, OPS, SETS, Tensor, inputs, respread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchhal_cpu_x86 import native
+from torchhal_cpu_x86 import native, operators
 
 
 @pytest.mark.parametrize("lse", ["", "_lse"])
@@ -117,8 +117,8 @@ def test_a_tensor_without_memory_is_refused() -> None:
 
 # ---------------------------------------------------------------------------- derivatives
 
-OPERATORS = {name: getattr(OPS, name).default for name in native.OPERATORS}
-NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented|attention has no gradient"
+OPERATORS = {name: getattr(OPS, name).default for name in operators.OPERATORS}
+NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented|has no gradient"
 NO_FORWARD = "forward AD|forward mode AD"
 
 
@@ -168,16 +168,48 @@ def test_a_compiled_gradient_is_refused() -> None:
         assert torch.equal(run(query), output("attention", [query, key, value]) + 1)
 
 
-def test_a_torch_without_the_refusing_kernel_still_refuses_gradients() -> None:
-    result = python(
-        "import torch; from torchhal_cpu_x86 import native\n"
-        "find = native._address\n"
-        "native._address = lambda library, name: None if name.startswith('_Z') else find(library, name)\n"
-        "native.load(); q = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
-        "out = torch.ops.torchhal_cpu_x86.attention(q, q, q, False, 1.0)\n"
-        "out.sum().backward()"
-    )
-    assert "NotImplementedError: torchhal_cpu_x86: attention has no gradient" in result.stderr
+WITHOUT_TORCHS_KERNEL = """
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torchhal_cpu_x86 import native
+
+find = native._address
+native._address = lambda library, name: None if name.startswith("_Z") else find(library, name)
+native.load()
+q = torch.randn(1, 2, 3, 4)
+
+def run(x):
+    return torch.ops.torchhal_cpu_x86.attention(x, q, q, False, 1.0)
+
+def dual(x):
+    with forward_ad.dual_level():
+        run(forward_ad.make_dual(x, x))
+
+def no_grad(x):
+    with torch.no_grad():
+        run(x)
+
+assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(q), run(q))
+no_grad(q.clone().requires_grad_())
+torch.func.jvp(lambda x: run(q) + x, (q,), (q,))
+for wrong in (
+    lambda: run(q.clone().requires_grad_()),
+    lambda: torch.func.grad(lambda x: run(x).sum())(q),
+    lambda: torch.func.jvp(run, (q,), (q,)),
+    lambda: dual(q),
+):
+    try:
+        wrong()
+    except NotImplementedError as error:
+        print(error)
+"""
+
+
+def test_a_torch_without_the_refusing_kernel_still_refuses_derivatives() -> None:
+    result = python(WITHOUT_TORCHS_KERNEL)
+    assert result.returncode == 0, result.stderr
+    refusal = "torchhal_cpu_x86.attention.default has no gradient and does not support forward AD"
+    assert result.stdout.count(refusal) == 4
 
 
 def _child(

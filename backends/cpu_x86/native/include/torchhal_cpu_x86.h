@@ -33,7 +33,7 @@ enum {
   THAL_BAD_STRUCT = 1,    /* struct_size is not what this library was built with */
   THAL_BAD_DTYPE = 2,
   THAL_BAD_ISA = 3,       /* unknown, or not supported by this CPU or operating system */
-  THAL_BAD_SIZE = 4,      /* negative size, E or Ev < 1, or Hq not a multiple of Hkv */
+  THAL_BAD_SIZE = 4,      /* negative size, E < 1, or Hq not a multiple of Hkv */
   THAL_BAD_POINTER = 5,   /* a needed pointer is null */
   THAL_BAD_WORKSPACE = 6, /* smaller than thal_attention_workspace asks for */
   THAL_BAD_THREADS = 7,   /* num_threads < 1, or > 1 without a parallel callback */
@@ -54,7 +54,7 @@ typedef struct thal_attention {
   int32_t num_threads;
   float scale;
   int32_t reserved;
-  int64_t B, Hq, Hkv, L, S, E, Ev; /* B, L and S may be 0 */
+  int64_t B, Hq, Hkv, L, S, E, Ev; /* B, L, S, Ev and both numbers of heads may be 0 */
   const void *q, *k, *v, *mask;
   void* out;
   float* lse;           /* optional: natural logarithm of the sum, (B, Hq, L); -inf for fully masked rows */
@@ -92,7 +92,8 @@ THAL_API double thal_measure_bandwidth(int64_t bytes, int32_t repeats, int32_t n
                                        void* user);
 
 /* Registration with torch through its stable C shim. The caller resolves each symbol the library names, in order,
- * and passes the addresses; a null address for a required symbol is refused with the symbol's name in `message`. */
+ * and passes the addresses; a null address for a required symbol is refused with the symbol's name in `message`. Two
+ * symbols, with which the operators refuse to be differentiated, may be null: the caller then sees to that. */
 THAL_API int32_t thal_torch_symbol_count(void);
 THAL_API const char* thal_torch_symbol_name(int32_t index);
 THAL_API int thal_torch_register(void* const* addresses, int32_t count, char* message, int32_t message_size);

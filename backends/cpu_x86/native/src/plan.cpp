@@ -19,7 +19,8 @@ int32_t widest() {
 
 int check(const thal_attention& c) {
   if (c.dtype < 0 || c.dtype >= THAL_DTYPES || c.mask_kind < 0 || c.mask_kind > THAL_MASK_F16) return THAL_BAD_DTYPE;
-  if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.L < 0 || c.S < 0 || c.E < 1 || c.Ev < 1) return THAL_BAD_SIZE;
+  if (c.B < 0 || c.Hq < 0 || c.Hkv < 0 || c.L < 0 || c.S < 0 || c.E < 1 || c.Ev < 0) return THAL_BAD_SIZE;
+  if (c.Hkv ? c.Hq % c.Hkv : c.Hq) return THAL_BAD_SIZE;
   if (c.S > INT32_MAX || c.L > INT32_MAX) return THAL_BAD_SIZE;  // causal limits are kept in 32 bits
   if (c.num_threads < 1 || (c.num_threads > 1 && !c.parallel)) return THAL_BAD_THREADS;
   return THAL_OK;
@@ -43,7 +44,7 @@ void set_factors(Plan& p) {
 void set_tiles(Plan& p, const Isa& isa) {
   const thal_attention& c = p.call;
   p.lanes = isa.lanes;
-  p.group = c.Hq / c.Hkv;
+  p.group = c.Hkv ? c.Hq / c.Hkv : 0;
   p.rows = p.group * c.L;
   // Up to half a vector of rows, filling lanes with rows would waste more than sums along the head dimension cost.
   p.row_kernel = p.rows <= p.lanes / 2;
@@ -139,7 +140,7 @@ extern "C" const char* thal_error_text(int code) {
     case THAL_BAD_ISA:
       return "unknown instruction set, or one this CPU or operating system does not support";
     case THAL_BAD_SIZE:
-      return "sizes must not be negative, E and Ev at least 1, and Hq a multiple of Hkv";
+      return "sizes must not be negative, E at least 1, and Hq a multiple of Hkv";
     case THAL_BAD_POINTER:
       return "a tensor that has elements was given a null pointer";
     case THAL_BAD_WORKSPACE:

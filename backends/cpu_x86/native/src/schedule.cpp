@@ -122,9 +122,9 @@ int run_all(const Plan& p, const Isa& isa, int64_t count, int64_t workers, void 
 }
 
 bool pointers_missing(const thal_attention& c) {
-  if (c.B == 0 || c.L == 0) return false;
-  if (!c.out || !c.q) return true;
-  return c.S > 0 && (!c.k || !c.v || (c.mask_kind != THAL_MASK_NONE && !c.mask));
+  if (c.B == 0 || c.Hq == 0 || c.L == 0) return false;
+  if ((c.Ev > 0 && !c.out) || !c.q) return true;
+  return c.S > 0 && (!c.k || (c.Ev > 0 && !c.v) || (c.mask_kind != THAL_MASK_NONE && !c.mask));
 }
 
 }  // namespace

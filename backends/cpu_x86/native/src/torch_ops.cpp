@@ -36,10 +36,11 @@ void watch_forks() {
 
 constexpr const char* kSymbolNames[] = {
 #define THAL_NAME(field, result, arguments, symbol) #symbol,
-    THAL_TORCH_SYMBOLS(THAL_NAME)
+    THAL_TORCH_SYMBOLS(THAL_NAME) THAL_OPTIONAL_TORCH_SYMBOLS(THAL_NAME)
 #undef THAL_NAME
 };
 constexpr int32_t kSymbols = sizeof(kSymbolNames) / sizeof(kSymbolNames[0]);
+constexpr int32_t kOptional = 2;  // the last ones
 
 // torch 2.10.0, in the encoding of torch/headeronly/version.h: the release whose calling convention is used here.
 constexpr uint64_t kBuiltFor = 2ull << 56 | 10ull << 48;
@@ -122,12 +123,15 @@ class Call {
   bool read(int i, const char* name) {
     View& v = view_[i];
     int32_t device = -1;
+    if (torch.device_type(tensor(i), &device)) return fail("%s cannot be read: a dense CPU tensor is needed", name);
+    if (device != torch.cpu()) return fail("%s must be a CPU tensor, as the others are: move all to one device", name);
     if (torch.dim(tensor(i), &v.dim) || torch.sizes(tensor(i), &v.sizes) || torch.strides(tensor(i), &v.strides) ||
-        torch.dtype(tensor(i), &v.dtype) || torch.device_type(tensor(i), &device) || torch.data(tensor(i), &v.data))
+        torch.dtype(tensor(i), &v.dtype) || torch.data(tensor(i), &v.data))
       return fail("%s cannot be read: a dense CPU tensor is needed", name);
-    if (device != torch.cpu()) return fail("%s must be a CPU tensor", name);
-    if (v.dim != 4 && !(i == 3 && v.dim >= 2 && v.dim <= 4))
-      return fail("%s must have %s dimensions, got %lld", name, i == 3 ? "2 to 4" : "4", static_cast<long long>(v.dim));
+    if (i == 3 ? v.dim > 4 : v.dim != 4)
+      return fail("%s must have %s dimensions, got %lld", name, i == 3 ? "0 to 4" : "4", static_cast<long long>(v.dim));
+    if (!v.data && !std::count(v.sizes, v.sizes + v.dim, 0))
+      return fail("%s %s has elements and no memory: a dense CPU tensor is needed", name, shape(v).c_str());
     return true;
   }
 
@@ -144,8 +148,8 @@ class Call {
     if (k[3] != q[3]) wrong = "query and key have different head sizes";
     if (k[2] != v[2]) wrong = "key and value have different lengths";
     if (k[1] != v[1]) wrong = "key and value have different numbers of heads";
-    if (k[1] < 1 || q[1] < 1 || q[1] % k[1]) wrong = "query heads must be a multiple of key heads";
-    if (q[3] < 1 || v[3] < 1) wrong = "head sizes must be at least 1";
+    if (k[1] ? q[1] % k[1] : q[1]) wrong = "query heads must be a multiple of key heads";
+    if (q[3] < 1) wrong = "the head size of query and key must be at least 1";
     if (!wrong) return true;
     return fail("%s: query %s, key %s, value %s; expected (B, Hq, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)", wrong,
                 shape(view_[0]).c_str(), shape(view_[1]).c_str(), shape(view_[2]).c_str());
@@ -199,10 +203,11 @@ class Call {
   bool allocate(thal_attention& c) {
     const bool swapped = c.q_stride[1] < c.q_stride[2];
     const int64_t size[4] = {c.B, c.Hq, c.L, c.Ev};
-    const int64_t rows = std::max<int64_t>(c.L, 1), heads = c.Hq;
-    c.out_stride[0] = heads * rows * c.Ev;
-    c.out_stride[1] = swapped ? c.Ev : rows * c.Ev;
-    c.out_stride[2] = swapped ? heads * c.Ev : c.Ev;
+    const int64_t rows = std::max<int64_t>(c.L, 1), heads = std::max<int64_t>(c.Hq, 1);
+    const int64_t width = std::max<int64_t>(c.Ev, 1);
+    c.out_stride[0] = heads * rows * width;
+    c.out_stride[1] = swapped ? width : rows * width;
+    c.out_stride[2] = swapped ? heads * width : width;
     c.out_stride[3] = 1;
     if (torch.empty(4, size, c.out_stride, view_[0].dtype, torch.cpu(), 0, &results_[0]) ||
         torch.data(results_[0], &c.out))
@@ -262,6 +267,20 @@ const Operator kOperators[] = {
      kernel<true, true>},
 };
 
+// Without a kernel for autograd, torch would compute and lose the derivatives: a warning in backward, zero tangents in
+// forward mode. Where this build does not find torch's refusing kernel, the Python side registers a slower one.
+bool refuse_gradients() {
+  thal::Library kernels = nullptr;  // kept for the life of the process
+  if (!torch.refuse_gradients || !torch.implement_function) return false;
+  if (torch.new_impl("torchhal_cpu_x86", "Autograd", __FILE__, __LINE__, &kernels)) return false;
+  for (const Operator& op : kOperators) {
+    alignas(64) char function[4096] = {};  // a CppFunction, which is about 200 bytes
+    torch.refuse_gradients(function);
+    torch.implement_function(kernels, op.name, function, 0);
+  }
+  return true;
+}
+
 int register_operators(char* message, int32_t size) {
   thal::Library definitions = nullptr, kernels = nullptr;  // kept for the life of the process, as the operators are
   int32_t code = torch.new_fragment("torchhal_cpu_x86", __FILE__, __LINE__, &definitions);
@@ -291,7 +310,7 @@ extern "C" int thal_torch_register(void* const* addresses, int32_t count, char* 
     std::snprintf(message, static_cast<size_t>(message_size), "expected %d addresses, got %d", kSymbols, count);
     return THAL_BAD_STRUCT;
   }
-  for (int32_t i = 0; i < count; ++i)
+  for (int32_t i = 0; i < count - kOptional; ++i)
     if (!addresses[i]) {
       std::snprintf(message, static_cast<size_t>(message_size), "this torch has no %s", kSymbolNames[i]);
       return THAL_BAD_POINTER;
@@ -300,10 +319,12 @@ extern "C" int thal_torch_register(void* const* addresses, int32_t count, char* 
 #define THAL_TAKE(field, result, arguments, symbol) \
   torch.field = reinterpret_cast<decltype(torch.field)>(reinterpret_cast<uintptr_t>(addresses[at++]));
   THAL_TORCH_SYMBOLS(THAL_TAKE)
+  THAL_OPTIONAL_TORCH_SYMBOLS(THAL_TAKE)
 #undef THAL_TAKE
   const int code = register_operators(message, message_size);
   registered = code == THAL_OK;
   if (registered) watch_forks();
+  if (registered) refuse_gradients();
   return code;
 }
 

@@ -35,9 +35,18 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
   X(float16, int32_t, (), aoti_torch_dtype_float16)                                                                   \
   X(boolean, int32_t, (), aoti_torch_dtype_bool)
 
+// torch::autograd::autogradNotImplementedFallback() and torch::Library::_impl, as GCC and Clang name them: the kernel
+// with which torch's own operators refuse gradients and forward derivatives has no place in the stable shim. Both only
+// pass a CppFunction on, whose layout is never looked at. They may be missing.
+#define THAL_OPTIONAL_TORCH_SYMBOLS(X)                                                                                \
+  X(refuse_gradients, void*, (void* function), _ZN5torch8autograd30autogradNotImplementedFallbackEv)                  \
+  X(implement_function, void*, (Library, const char*, void* function, int32_t),                                       \
+    _ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE)
+
 struct TorchShim {
 #define THAL_FIELD(field, result, arguments, symbol) result(*field) arguments;
   THAL_TORCH_SYMBOLS(THAL_FIELD)
+  THAL_OPTIONAL_TORCH_SYMBOLS(THAL_FIELD)
 #undef THAL_FIELD
 };
 

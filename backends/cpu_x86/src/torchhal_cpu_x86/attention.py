@@ -12,12 +12,19 @@ from torchhal import Decline, Plan
 from torchhal.problems import AttentionProblem
 from torchhal_cpu_x86 import hardware, native
 
+MASK_DTYPES = frozenset({torch.bool, *native.DTYPES})
+
 
 def plan(problem: AttentionProblem) -> Plan | Decline:
     """The native plan for a dense problem, or why this machine has none."""
     refusal = hardware.decline()
     if refusal is not None:
         return refusal
+    if problem.mask_dtype is not None and problem.mask_dtype not in MASK_DTYPES:
+        return Decline(
+            "mask_dtype",
+            f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
+        )
     isa = native.load().get_isa(problem.query_dtype)
     return Plan(
         run=_runner(problem),

@@ -37,7 +37,7 @@ def probe() -> Mapping[str, Any]:
         "instruction_sets": list(library.instruction_sets()),
         "chosen": {str(dtype).removeprefix("torch."): library.get_isa(dtype) for dtype in native.DTYPES},
         "attention_gflops_one_thread": measured.attention,
-        "fma_gflops": max(both[1] for both in measured.fma.values()),
+        "fma_gflops": max(max(both) for both in measured.fma.values()),
         "read_gbps": measured.bandwidth,
         "threads": torch.get_num_threads(),
         "library": str(library.path),

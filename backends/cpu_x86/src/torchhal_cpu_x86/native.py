@@ -24,6 +24,8 @@ from typing import Any
 import platformdirs
 import torch
 
+from torchhal_cpu_x86 import operators
+
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
 INTERFACE_VERSION = 1
@@ -46,7 +48,8 @@ class Measurement:
     """What the kernels reach on this machine.
 
     ``attention``: GFLOP/s of one thread, by instruction set and dtype name; ``fma``: float32 multiply-add GFLOP/s by
-    instruction set, as (one thread, all threads); ``bandwidth``: read GB/s of all threads; ``threads``: how many.
+    instruction set, as (one thread, all threads); ``bandwidth``: read GB/s, the better of one
+    thread and all; ``threads``: how many those are.
     """
 
     attention: dict[str, dict[str, float]]
@@ -135,29 +138,6 @@ def _register_with_torch(library: ctypes.CDLL) -> None:
         )
 
 
-def _like_query(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    batch, heads, length, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-    return query.new_empty((batch, heads, length, value.shape[3]))
-
-
-def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
-    return _like_query(query, value)
-
-
-def _fake_lse(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like_query(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def _register_fakes() -> None:
-    for prefix in ("", "masked_"):
-        torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention", _fake)
-        torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention_lse", _fake_lse)
-
-
 def _cpu_description() -> str:
     """Model and feature flags of the CPU, as far as the operating system tells."""
     try:
@@ -217,7 +197,7 @@ class Native:
                 "this CPU or operating system lacks AVX2, FMA or F16C, which every kernel needs"
             )
         _register_with_torch(self.library)
-        _register_fakes()
+        operators.register()
         self._fingerprint = _fingerprint(path)
 
     def instruction_sets(self) -> tuple[str, ...]:
@@ -266,7 +246,7 @@ class Native:
         return Measurement(
             attention={isa: {_dtype_name(d): self.attention_rate(isa, d) for d in DTYPES} for isa in sets},
             fma={isa: (self.fma_rate(isa), self.fma_rate(isa, threads)) for isa in sets},
-            bandwidth=self.bandwidth(bandwidth_bytes),
+            bandwidth=max(self.bandwidth(bandwidth_bytes, count) for count in {1, threads}),
             threads=threads,
         )
 

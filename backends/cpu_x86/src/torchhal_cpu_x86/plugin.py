@@ -18,7 +18,6 @@ def torchhal_backend() -> BackendInfo:
         capabilities=CAPABILITIES,
         preference={"cpu": 200},
         probe=hardware.probe,
-        install_hint='pip install "torchhal[cpu-x86]"',
     )
 
 

@@ -18,7 +18,6 @@ def torchhal_backend() -> BackendInfo:
         spec=">=1.0,<2",
         capabilities=CAPABILITIES,
         probe=lambda: hardware.describe(hardware.observe()),
-        install_hint='pip install "torchhal[cuda128]"',
     )
 
 

@@ -1,0 +1,81 @@
+"""What torch asks of the native operators beside their kernels: results of fake tensors, and no derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE: Final = "torchhal_cpu_x86"
+OPERATORS: Final = ("attention", "attention_lse", "masked_attention", "masked_attention_lse")
+
+
+def register() -> None:
+    """Complete the operators that the native library has registered."""
+    _register_fakes()
+    for name in OPERATORS:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Autograd"):
+            refuse_derivatives(name)
+
+
+_LIBRARY: Final = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def refuse_derivatives(name: str) -> None:
+    """Where the library found no refusing kernel in this torch: one in Python, which costs microseconds a call."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _LIBRARY.impl(name, _refusing(operator), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _refusing(operator: Any) -> Callable[..., Any]:
+    def call(keyset: Any, *arguments: Any) -> Any:
+        if any(_is_differentiated(x) for x in arguments if isinstance(x, Tensor)):
+            raise NotImplementedError(
+                f"{operator} has no gradient and does not support forward AD; call torchhal.attention without a "
+                "backend, or enter torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return call
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x)[1] is not None  # type: ignore[no-untyped-call]
+
+
+def _like_query(query: Tensor, value: Tensor) -> Tensor:
+    batch, heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
+    return query.new_empty((batch, heads, length, value.shape[3]))
+
+
+def _check_devices(*arguments: object) -> None:
+    """One meta tensor sends a call here: what it would make for real tensors is memory that nobody wrote."""
+    devices = [x.device for x in arguments if isinstance(x, Tensor)]
+    if len(set(devices)) > 1:
+        raise RuntimeError(
+            "torchhal_cpu_x86: all tensors must be on one device, got " + ", ".join(map(str, devices))
+        )
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    _check_devices(query, key, value, *rest)
+    return _like_query(query, value)
+
+
+def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    _check_devices(query, key, value, *rest)
+    return _like_query(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _register_fakes() -> None:
+    for prefix in ("", "masked_"):
+        torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention", _fake)
+        torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention_lse", _fake_lse)
