@@ -198,7 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=chat.positive, default=32, metavar="N", help="length of an answer (32)"
     )
-    parser.add_argument("--repeat", type=chat.positive, default=4, metavar="N", help="turns of each side (4)")
+    parser.add_argument("--repeat", type=chat.positive, default=3, metavar="N", help="turns of each side (3)")
     parser.add_argument("--dtype", choices=chat.DTYPES, default="float32")
     parser.add_argument(
         "--backend", default="cpu_x86", help="who has to serve every attention call (cpu_x86)"

