@@ -61,13 +61,11 @@ def identity(backend: Backend) -> Outcome:
     yield _statement(
         check, "spec", bounded, f"a range that ends, such as '>={SPEC_VERSION},<2'", repr(info.spec)
     )
-    for kind, preference in info.preference.items():
+    for kind in info.preference:
         known = not info.device_types or kind in info.device_types
         yield _statement(
             check, f"preference for {kind}", known, "one of its own device types", sorted(info.device_types)
         )
-        whole = isinstance(preference, int)
-        yield _statement(check, f"preference for {kind}", whole, "a whole number", repr(preference))
     yield _probe(backend)
 
 
@@ -122,10 +120,6 @@ def claims(backend: Backend) -> Outcome:
                     bool(value),
                     "at least one entry in a claimed family",
                     "none",
-                )
-            else:
-                yield _statement(
-                    check, f"{family}.{field.name}", isinstance(value, bool), "True or False", repr(value)
                 )
 
 
