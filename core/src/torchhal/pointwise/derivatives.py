@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
+from packaging.version import Version
+
 from torchhal.pointwise.functions import call
 
 Rule = Callable[..., tuple[Any, ...]]
@@ -49,6 +52,27 @@ def _min(g: Any, y: Any, left: Any, right: Any) -> tuple[Any, ...]:
     return _extreme(g, left, right, left > right, left < right)
 
 
+_TIES: Final = Version(torch.__version__).release >= (2, 14)
+"""Torch's clamps pass the whole gradient to the input at a bound until 2.13; since 2.14 none of it where the bound
+is a number, and half to each where it is a tensor."""
+
+
+def _clamp_min(g: Any, y: Any, x: Any, bound: Any) -> tuple[Any, ...]:
+    if not _TIES:
+        return _keep(x >= bound, g), _keep(x < bound, g)
+    return (_keep(x > bound, g), None) if _is_number(bound) else _max(g, y, x, bound)
+
+
+def _clamp_max(g: Any, y: Any, x: Any, bound: Any) -> tuple[Any, ...]:
+    if not _TIES:
+        return _keep(x <= bound, g), _keep(x > bound, g)
+    return (_keep(x < bound, g), None) if _is_number(bound) else _min(g, y, x, bound)
+
+
+def _is_number(value: Any) -> bool:
+    return bool(value.tracer.nodes[value.node].primitive == "constant")
+
+
 def _pow(g: Any, y: Any, base: Any, exponent: Any) -> tuple[Any, ...]:
     slope = g * (exponent * call("pow", base, exponent - 1.0))
     flat = call("logical_and", base == 0, exponent >= 0)
@@ -83,8 +107,7 @@ DERIVATIVES: Final[dict[str, Rule]] = {
     "add": lambda g, y, left, right: (g, g),
     "sub": lambda g, y, left, right: (g, -g),
     "mul": lambda g, y, left, right: (g * right, g * left),
-    "clamp_min": lambda g, y, x, bound: (_keep(x >= bound, g), _keep(x < bound, g)),
-    "clamp_max": lambda g, y, x, bound: (_keep(x <= bound, g), _keep(x > bound, g)),
+    "clamp_min": _clamp_min, "clamp_max": _clamp_max,
     "relu": _one(lambda g, y, x: _drop(y <= 0, g)),
     "cast": _one(lambda g, y, x: call("to", g, x.dtype)),
     "neg": _one(lambda g, y, x: -g),

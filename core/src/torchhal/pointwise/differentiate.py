@@ -55,7 +55,7 @@ def differentiate(graph: Graph) -> Gradient:
     """The gradient graph of ``graph``, by reverse accumulation.
 
     Conventions are torch autograd's: relu and abs have slope 0 at 0, max and min split ties evenly,
-    clamp passes the gradient at its bounds, rounding and sign have slope 0.
+    clamp does at its bounds what this release of torch does, rounding and sign have slope 0.
     """
     outputs = tuple(i for i, node in enumerate(graph.outputs) if is_float(graph.nodes[node].dtype))
     names = {name for name, _ in graph.inputs}
