@@ -1,19 +1,15 @@
-"""Attention: the public functions and the eager fast path."""
+"""Attention: the public functions."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchhal import scope
-from torchhal._checks import attention_fault, mask_fault
 from torchhal.attention_call import (
     Call,
     Functions,
@@ -23,19 +19,14 @@ from torchhal.attention_call import (
     capture_block_mask,
     capture_mask_mod,
     capture_score_mod,
-    check_number,
-    choose,
     diagnose,
     operands_of,
     run,
     share_batch,
 )
-from torchhal.errors import InvalidProblem
-from torchhal.registry import blame
-from torchhal.selection import fast_cache
+from torchhal.dense import MISSED, checked_flags, serve_dense, serve_recent
 
 _scope = scope.current
-_grad_enabled = torch.is_grad_enabled
 
 
 def attention(
@@ -113,7 +104,11 @@ def attention(
             backend,
         )
     if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:
-        flags = _flags_of(is_causal, enable_gqa, return_lse, backend)
+        flags = checked_flags(is_causal, enable_gqa, return_lse, backend)
+        if attn_mask is None and state is _scope:
+            result = serve_recent(query, key, value, scale, flags)
+            if result is not MISSED:
+                return result  # type: ignore[no-any-return]
         return serve_dense(query, key, value, attn_mask, scale, flags, state)  # type: ignore[no-any-return]
     if isinstance(query, Tensor) and query.is_nested:
         from torchhal import nested
@@ -319,121 +314,6 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     from torchhal.reference.attention import merge_attention as merge
 
     return merge(outs, lses)
-
-
-# ---------------------------------------------------------------------------- eager fast path
-
-
-Dense = tuple[Callable[..., Any] | None, Callable[[], object], float, str | None]
-"""The plan's ``run`` (None: torch keeps the call), the counter of its Route, the default scale, and the backend."""
-
-
-@dataclass(frozen=True, eq=False)
-class Flags:
-    """What a dense call says beside its tensors, and the plans of such calls. One for each combination."""
-
-    is_causal: bool
-    enable_gqa: bool
-    return_lse: bool
-    backend: str | None
-    strict: bool | None = None
-    or_torch: bool = False
-    plans: dict[tuple[object, ...], Dense] = field(default_factory=fast_cache)
-
-    def arguments(self) -> dict[str, Any]:
-        """The fields that a :class:`Call` has too."""
-        return {name: value for name, value in vars(self).items() if name != "plans"}
-
-
-LEFT_TO_TORCH: Final = object()
-"""What :func:`serve_dense` returns for a call that the policy leaves to torch."""
-
-flags_of = functools.cache(Flags)
-
-
-def _flags_of(is_causal: bool, enable_gqa: bool, return_lse: bool, backend: str | None) -> Flags:
-    try:
-        return flags_of(is_causal, enable_gqa, return_lse, backend)
-    except TypeError:  # not hashable, so not a name either
-        raise InvalidProblem(f"backend expects the name of a backend, or None, and got {backend!r}") from None
-
-
-def serve_dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    scale: float | None,
-    flags: Flags,
-    state: object,
-) -> Any:
-    """Serve a dense call without user functions: shapes checked, one dictionary look-up, the plan.
-
-    The budget of a whole call is 3 us, so what is read here is what a Problem depends on and no more.
-
-    Args:
-        query, key, value, attn_mask, scale: as in :func:`attention`, one batch size throughout.
-        flags: what else the call says.
-        state: ``scope.current.state``.
-
-    Returns:
-        The plan's result, or LEFT_TO_TORCH where the policy says so.
-    """
-    try:
-        shape = key.shape
-        batch, heads, _, size = query.shape
-        key_batch, key_heads, _, key_size = shape
-    except (ValueError, AttributeError, RuntimeError):
-        raise InvalidProblem(attention_fault(query, key, value, "dense", flags.enable_gqa)) from None
-    value_size = key_size if value.shape == shape else _value_size(query, key, value, flags)
-    if batch != key_batch or size != key_size:
-        diagnose(query, key, value, "dense", flags.enable_gqa)
-        if flags.or_torch:  # torch broadcasts in its own way
-            raise InvalidProblem(f"query has batch size {batch} and key {key_batch}")
-        return serve_dense(query, *share_batch(query, key, value), attn_mask, scale, flags, state)
-    mask_kind = None if attn_mask is None else _mask_kind(attn_mask, query, key)
-    learns = forward_ad._current_level >= 0 or (
-        _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    )
-    dtype = query.dtype
-    kind = (
-        dtype if key.dtype is dtype and value.dtype is dtype else (dtype, key.dtype, value.dtype),
-        # there is one CPU, and a bool hashes faster than its device
-        (query.is_cpu and key.is_cpu and value.is_cpu) or (query.device, key.device, value.device),
-        heads, key_heads, size, value_size, mask_kind, learns, state,
-    )  # fmt: skip
-    dense = flags.plans.get(kind)
-    if dense is None:
-        selected = choose(Call(query, key, value, attn_mask, **flags.arguments()))
-        dense = flags.plans[kind] = (selected.run, selected.record, size**-0.5, selected.route.chosen)
-    run_plan, record, default_scale, backend = dense
-    if scale is None:
-        scale = default_scale
-    elif type(scale) is not float:
-        scale = check_number("scale", scale)
-    record()
-    if run_plan is None:
-        return LEFT_TO_TORCH
-    try:
-        return run_plan(query, key, value, attn_mask, scale, None)
-    except Exception as error:
-        blame(error, backend)
-        raise
-
-
-def _value_size(query: Tensor, key: Tensor, value: Tensor, flags: Flags) -> int:
-    """The head size of values that are not shaped like the keys."""
-    if not isinstance(value, Tensor) or value.shape[:-1] != key.shape[:-1]:
-        diagnose(query, key, value, "dense", flags.enable_gqa)
-    return value.shape[-1]
-
-
-def _mask_kind(attn_mask: Tensor, query: Tensor, key: Tensor) -> tuple[object, ...]:
-    """What a Problem depends on of a mask, once its shape is known to fit."""
-    fault = mask_fault(attn_mask, query, key)
-    if fault:
-        raise InvalidProblem(fault)
-    return attn_mask.dtype, torch.is_grad_enabled() and attn_mask.requires_grad
 
 
 def _context_parallel(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -41,12 +41,14 @@ class Mode(TorchFunctionMode):
         self.multi_head_attention_forward = None if tracing else _with_attention(backend, strict)
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is sdpa:  # also among the handlers; first here, since it is the call whose microseconds count
-            return (
+        if func is sdpa:  # first here, since it is the call whose microseconds count
+            result = (
                 scaled_dot_product_attention(self, *args, **kwargs)
                 if kwargs
                 else scaled_dot_product_attention(self, *args)
             )
+            if result is not None:
+                return result
         handler = HANDLERS.get(func)
         if handler is None:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -98,14 +100,17 @@ def _with_attention(backend: str | None, strict: bool | None) -> Callable[..., A
     its global names changed, in a module of its own, since Dynamo guards on globals by the name of a module.
     """
     settings = Settings(backend, strict)
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        result = scaled_dot_product_attention(settings, *args, **kwargs)
+        return sdpa(*args, **kwargs) if result is None else result
+
     function: Any = F.multi_head_attention_forward
     module = types.ModuleType(f"torchhal.mode.multi_head_attention_{len(_copies)}")
     changed = {
         "__name__": module.__name__,
         "has_torch_function": _any_override,
-        "scaled_dot_product_attention": lambda *args, **kwargs: scaled_dot_product_attention(
-            settings, *args, **kwargs
-        ),
+        "scaled_dot_product_attention": attention,
     }
     vars(module).update({**function.__globals__, **changed})
     sys.modules[module.__name__] = module
@@ -152,9 +157,8 @@ def flex_attention(
 
 
 HANDLERS: dict[Any, Callable[..., Any]] = {
-    sdpa: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward,
     torch.ops.higher_order.flex_attention: flex_attention,
     **mode_foreach.handlers(),
 }
-"""What the mode serves; everything else goes straight to torch."""
+"""What the mode serves beside ``scaled_dot_product_attention``; everything else goes straight to torch."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchhal import scope
-from torchhal.attention import LEFT_TO_TORCH, Flags, flags_of, serve_dense
 from torchhal.attention_call import Call, Functions, build_problem, operands_of, run
+from torchhal.dense import MISSED, Flags, flags_of, serve_dense, serve_recent
 from torchhal.errors import InvalidProblem, Unsupported
 from torchhal.selection import is_traced, select
 
@@ -85,31 +85,29 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Serve one call; ``mode`` is the mode or its :class:`Settings`."""
+    """Serve one call; ``mode`` is the mode or its :class:`Settings`.
+
+    Returns:
+        The result, or None where the call is left to torch.
+    """
     state = _scope.state
     if (
-        type(query) is Tensor
-        and type(key) is Tensor
-        and type(value) is Tensor
-        and state is _scope
+        state is _scope
         and dropout_p == 0.0
         and (attn_mask is None or (not is_causal and attn_mask.dtype in (torch.bool, query.dtype)))
         and _flash_allowed()
         and _math_allowed()
-        and not _any_autocast()
         and not _is_dynamo_compiling()
     ):
         flags = (mode.flags or four_flags(mode.backend, mode.strict))[is_causal][enable_gqa]
         try:
-            result = serve_dense(query, key, value, attn_mask, scale, flags, state)
+            result = MISSED if attn_mask is not None else serve_recent(query, key, value, scale, flags)
+            if result is not MISSED:
+                return result
+            if type(query) is type(key) is type(value) is Tensor and not _any_autocast():
+                return serve_dense(query, key, value, attn_mask, scale, flags, state)
         except InvalidProblem:  # torch broadcasts more, and has its own words for what it refuses
-            result = None
-        if result is not None and result is not LEFT_TO_TORCH:
-            return result
-        if result is LEFT_TO_TORCH:
-            return sdpa(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            pass
     given = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _consider(Settings(mode.backend, mode.strict), given)
 
@@ -124,7 +122,7 @@ def _consider(settings: Settings, given: Arguments) -> Any:
         from torchhal import compiled
 
         if torchs_business(given) or not _same_shapes(given):
-            return given.torchs_own()
+            return None
         return compiled.scaled_dot_product_attention(settings, given)
     query, key, value, attn_mask, *_ = given
     if query.dim() == key.dim() == value.dim() == 3 and query.shape[0] == key.shape[0] == value.shape[0]:
@@ -133,12 +131,13 @@ def _consider(settings: Settings, given: Arguments) -> Any:
             heads = given._replace(
                 query=query.unsqueeze(1), key=key.unsqueeze(1), value=value.unsqueeze(1), attn_mask=mask
             )
-            return served_or_torchs(settings, heads).squeeze(1)
-    return served_or_torchs(settings, given)
+            served = served_by_policy(settings, heads)
+            return None if served is None else served.squeeze(1)
+    return served_by_policy(settings, given)
 
 
-def served_or_torchs(settings: Settings, given: Arguments) -> Tensor:
-    """Ask the policy, and let torch serve what it leaves.
+def served_by_policy(settings: Settings, given: Arguments) -> Tensor | None:
+    """Ask the policy; None for what it leaves to torch.
 
     Raises:
         Unsupported: a backend was named to the mode, and the call is one that only torch serves.
@@ -162,7 +161,7 @@ def served_or_torchs(settings: Settings, given: Arguments) -> Tensor:
         raise Unsupported(
             f"enable(backend={settings.backend!r}) can not serve this scaled_dot_product_attention: {fault}"
         )
-    return given.torchs_own()
+    return None
 
 
 def torchs_business(given: Arguments, explicit: bool = False) -> str:

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -109,14 +109,19 @@ class _Explained(BaseException):
 
 
 _lock = threading.RLock()
-_fast_caches: list[dict[Any, Any]] = []
+Cache = TypeVar("Cache", dict[Any, Any], list[Any])
+_forgotten: list[dict[Any, Any] | list[Any]] = []
+
+
+def forgotten_on_reset(cache: Cache) -> Cache:
+    """The same cache, which :func:`reset` empties from now on."""
+    _forgotten.append(cache)
+    return cache
 
 
 def fast_cache() -> dict[Any, Any]:
     """A dictionary of choices that :func:`reset` empties."""
-    cache: dict[Any, Any] = {}
-    _fast_caches.append(cache)
-    return cache
+    return forgotten_on_reset({})
 
 
 _selected: dict[tuple[object, ...], Selected] = fast_cache()
@@ -127,7 +132,7 @@ def reset() -> None:
     """Forget every plan, route and loaded plugin; environment and lock file are read again when needed."""
     with _lock:
         registry_module.reset()
-        for cache in _fast_caches:
+        for cache in _forgotten:
             cache.clear()
 
 

@@ -131,16 +131,16 @@ def untouched_operation(amount: Amount) -> list[Overhead]:
 
 def intercepted_call(backend: Backend, amount: Amount) -> list[Overhead]:
     """(b) and (c) What the mode and the public function add to a plan that is cached."""
-    query = torch.zeros(1, 1, 1, 16)
+    query, key, value = (torch.zeros(1, 1, 1, 16) for _ in range(3))  # three, as in a model
     plan = plan_of(backend, query)
     if plan is None:
         note = f"{backend.name} has no plan for a small float32 call"
         return [Overhead("intercepted", f"backend {backend.name}", None, BUDGETS["intercepted"], note=note)]
     run, name = plan.run, backend.name
     variants: dict[str, Variant] = {
-        "plan": (contextlib.nullcontext, lambda: run(query, query, query, None, 0.25, None)),
-        "mode": (lambda: enable(name), lambda: F.scaled_dot_product_attention(query, query, query)),
-        "function": (contextlib.nullcontext, lambda: attention(query, query, query, backend=name)),
+        "plan": (contextlib.nullcontext, lambda: run(query, key, value, None, 0.25, None)),
+        "mode": (lambda: enable(name), lambda: F.scaled_dot_product_attention(query, key, value)),
+        "function": (contextlib.nullcontext, lambda: attention(query, key, value, backend=name)),
     }
     best = fastest(variants, amount.calls, amount.batches)
     above = f"more than the cached plan of {name} itself"

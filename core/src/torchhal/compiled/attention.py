@@ -22,7 +22,7 @@ from torchhal.attention_call import (
 )
 from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
-from torchhal.mode_sdpa import Arguments, Settings, served_or_torchs
+from torchhal.mode_sdpa import Arguments, Settings, served_by_policy
 from torchhal.ops import Description
 from torchhal.ops_families import attention_shapes
 from torchhal.pointwise import capture
@@ -161,7 +161,8 @@ def _run(
         raise InvalidProblem("an attention call needs query, key and value")
     if call["or_torch"]:
         given = Arguments(query, key, value, attn_mask, 0.0, call["is_causal"], scale, call["enable_gqa"])
-        return (served_or_torchs(Settings(call["backend"], call["strict"]), given),)
+        served = served_by_policy(Settings(call["backend"], call["strict"]), given)
+        return (given.torchs_own() if served is None else served,)
     if call["layout"] == "dense":
         key, value = share_batch(query, key, value)
     captured = _capture(call, (query, key, value), functions)
