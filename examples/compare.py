@@ -73,7 +73,7 @@ class Ledger:
         before = attention_calls()
         hook = self.model.register_forward_pre_hook(self._count)
         try:
-            with torchhal.enable():
+            with torchhal.install():  # as torchhal run does
                 yield
         finally:
             hook.remove()

@@ -120,6 +120,20 @@ def python(site: Site, folder: Path, *arguments: str, code: int = 0) -> subproce
     return done
 
 
+FOREACH = """
+import threading
+import torch
+
+def add():
+    torch._foreach_add([torch.zeros(2)], 1.0)
+
+add()
+thread = threading.Thread(target=add, name="helper")
+thread.start()
+thread.join()
+"""
+
+
 PROGRAM = """
 import sys, threading
 import torch
@@ -162,9 +176,22 @@ def test_run_leaves_a_programs_output_arguments_and_exit_code_alone_and_routes_i
     script = "with space/prog.py"
     assert done.stdout == f"__main__ {[script, '--json', '-m', '--backend']} {folder} {script}\n"
     found = json.loads((tmp_path / "routes.json").read_text())
-    assert [(r["chosen"], r["count"]) for r in found["routes"]] == [("fast", 2), ("fast", 1)]
-    assert found["threads"] == ["helper"]
+    # three calls in two threads, one of another kind
+    assert [(r["chosen"], r["count"]) for r in found["routes"]] == [("fast", 3), ("fast", 1)]
+    assert found["threads"] == []
     assert "by preference 50 for cpu (sleeps 0.0 s)" in done.stderr
+    assert "thread" not in done.stderr
+
+
+def test_run_serves_foreach_functions_where_a_backend_is_chosen_for_them_and_says_that_threads_go_without(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHHAL_FOREACH_BACKEND", "reference")
+    (tmp_path / "prog.py").write_text(FOREACH)
+    done = python(site, tmp_path, "run", "--routes", "routes.json", "prog.py")
+    found = json.loads((tmp_path / "routes.json").read_text())
+    assert [(r["problem"]["family"], r["count"]) for r in found["routes"]] == [("foreach", 1)]
+    assert found["threads"] == ["helper"]
     assert "started a thread (helper)" in done.stderr
 
 

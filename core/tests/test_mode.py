@@ -1,9 +1,10 @@
-"""The mode: what it serves, what it leaves to torch, and torch's meaning of every argument."""
+"""The mode and the installation: what they serve, what they leave to torch, and torch's meaning of every argument."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -22,6 +23,15 @@ from torchhal.reference.attention import plan as reference_plan
 
 Q = torch.randn(2, 4, 6, 8)
 K = torch.randn(2, 4, 9, 8)
+
+
+Serve = Callable[..., AbstractContextManager[object]]
+
+
+@pytest.fixture(params=[torchhal.enable, torchhal.install], ids=["mode", "installation"])
+def serve(request: pytest.FixtureRequest) -> Serve:
+    """Either way in which torch's own calls are served."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -51,9 +61,11 @@ CALLS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", CALLS, ids=lambda a: ",".join(a) or "plain")
-def test_attention_is_served_with_torchs_meaning(mine: object, arguments: dict[str, Any]) -> None:
+def test_attention_is_served_with_torchs_meaning(
+    serve: Serve, mine: object, arguments: dict[str, Any]
+) -> None:
     expected = F.scaled_dot_product_attention(Q, K, K, **arguments)
-    with torchhal.enable():
+    with serve():
         served = imported_beforehand(Q, K, K, **arguments)
         again = torch._C._nn.scaled_dot_product_attention(Q, K, K, **arguments)
     torch.testing.assert_close(served, expected)
@@ -61,9 +73,9 @@ def test_attention_is_served_with_torchs_meaning(mine: object, arguments: dict[s
     assert set(chosen()) == {"mine"}
 
 
-def test_grouped_heads_and_three_dimensions_are_served(mine: object) -> None:
+def test_grouped_heads_and_three_dimensions_are_served(serve: Serve, mine: object) -> None:
     key = K[:, :2]
-    with torchhal.enable():
+    with serve():
         grouped = F.scaled_dot_product_attention(Q, key, key, enable_gqa=True)
         flat = F.scaled_dot_product_attention(
             Q[:, 0], K[:, 0], K[:, 0], torch.ones(2, 6, 9, dtype=torch.bool)
@@ -91,9 +103,11 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("call", [c[1] for c in UNTOUCHED], ids=[c[0] for c in UNTOUCHED])
-def test_what_only_torch_knows_goes_to_torch(mine: list[AttentionProblem], call: Callable[[], Any]) -> None:
+def test_what_only_torch_knows_goes_to_torch(
+    serve: Serve, mine: list[AttentionProblem], call: Callable[[], Any]
+) -> None:
     expected = outcome(call)
-    with torchhal.enable():
+    with serve():
         found = outcome(call)
     assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
     assert mine == []
@@ -106,77 +120,83 @@ def test_what_only_torch_knows_goes_to_torch(mine: list[AttentionProblem], call:
         {"dropout_p": -1.0},
     ],
 )
-def test_what_torch_refuses_is_refused_in_torchs_words(mine: object, arguments: dict[str, Any]) -> None:
+def test_what_torch_refuses_is_refused_in_torchs_words(
+    serve: Serve, mine: object, arguments: dict[str, Any]
+) -> None:
     with pytest.raises(Exception) as plain:
         F.scaled_dot_product_attention(Q, K, K, **arguments)
-    with torchhal.enable(), pytest.raises(type(plain.value)) as served:
+    with serve(), pytest.raises(type(plain.value)) as served:
         F.scaled_dot_product_attention(Q, K, K, **arguments)
     assert str(served.value) == str(plain.value)
 
 
-def test_a_user_who_chose_a_kernel_of_torch_keeps_it(mine: list[AttentionProblem]) -> None:
-    with torchhal.enable(), sdpa_kernel(SDPBackend.MATH):
+def test_a_user_who_chose_a_kernel_of_torch_keeps_it(serve: Serve, mine: list[AttentionProblem]) -> None:
+    with serve(), sdpa_kernel(SDPBackend.MATH):
         F.scaled_dot_product_attention(Q, K, K)
     assert mine == []
 
 
-def test_without_a_backend_that_improves_it_torch_serves_and_nothing_warns() -> None:
+def test_without_a_backend_that_improves_it_torch_serves_and_nothing_warns(serve: Serve) -> None:
     expected = F.scaled_dot_product_attention(Q, K, K)
-    with torchhal.enable(), warnings.catch_warnings():
+    with serve(), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(F.scaled_dot_product_attention(Q, K, K), expected)
     assert chosen() == ["torch"]
 
 
-def test_an_explicit_backend_that_can_not_serve_raises(install: Install) -> None:
+def test_an_explicit_backend_that_can_not_serve_raises(serve: Serve, install: Install) -> None:
     install("shy", backend("shy", lambda problem: Decline("busy", "is busy")))
-    with torchhal.enable("shy"), pytest.raises(Unsupported, match="is busy"):
+    with serve("shy"), pytest.raises(Unsupported, match="is busy"):
         F.scaled_dot_product_attention(Q, K, K)
 
 
-def test_strict_raises_where_a_backend_declined(install: Install) -> None:
+def test_strict_raises_where_a_backend_declined(serve: Serve, install: Install) -> None:
     install("shy", backend("shy", lambda problem: Decline("busy", "is busy"), preference={"cpu": 10}))
-    with torchhal.enable(strict=True), pytest.raises(Unsupported, match="strict mode forbids"):
+    with serve(strict=True), pytest.raises(Unsupported, match="strict mode forbids"):
         F.scaled_dot_product_attention(Q, K, K)
 
 
-def test_an_unknown_backend_is_refused_when_the_mode_is_made() -> None:
+def test_an_unknown_backend_is_refused_when_the_mode_is_made(serve: Serve) -> None:
     with pytest.raises(BackendNotFound):
-        torchhal.enable("ghost")
+        serve("ghost")
 
 
-def test_the_attention_inside_multihead_attention_is_served(mine: list[AttentionProblem]) -> None:
+def test_the_attention_inside_multihead_attention_is_served(
+    serve: Serve, mine: list[AttentionProblem]
+) -> None:
     layer = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     expected, _ = layer(x, x, x, need_weights=False)
-    with torchhal.enable():
+    with serve():
         served, _ = layer(x, x, x, need_weights=False)
     torch.testing.assert_close(served, expected)
     assert chosen() == ["mine"]
 
 
-def test_the_attention_inside_a_transformer_encoder_is_served(mine: list[AttentionProblem]) -> None:
+def test_the_attention_inside_a_transformer_encoder_is_served(
+    serve: Serve, mine: list[AttentionProblem]
+) -> None:
     layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = layer(x)
-        with torchhal.enable():
+        with serve():
             served = layer(x)
     torch.testing.assert_close(served, expected)
     assert chosen() == ["mine"]
 
 
-def test_gradients_flow_through_a_served_call(mine: object) -> None:
+def test_gradients_flow_through_a_served_call(serve: Serve, mine: object) -> None:
     leaf, other = Q.clone().requires_grad_(), Q.clone().requires_grad_()
-    with torchhal.enable():
+    with serve():
         F.scaled_dot_product_attention(leaf, K, K).square().sum().backward()
     F.scaled_dot_product_attention(other, K, K).square().sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad)
     assert chosen() == ["mine"]
 
 
-def test_other_operations_give_what_they_give_without_the_mode() -> None:
-    with torchhal.enable():
+def test_other_operations_give_what_they_give_without_the_mode(serve: Serve) -> None:
+    with serve():
         assert torch.equal(torch.add(Q, 1, alpha=2), Q + 2)
         assert Q.mul(2).sum().item() == pytest.approx(2 * Q.sum().item())
 
@@ -193,28 +213,32 @@ FLEX: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("arguments", FLEX, ids=["plain", "score_mod", "block_mask", "scale"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_is_served_in_eager_mode(mine: object, arguments: dict[str, Any]) -> None:
+def test_flex_attention_is_served_in_eager_mode(
+    serve: Serve, mine: object, arguments: dict[str, Any]
+) -> None:
     q = torch.randn(1, 2, 32, 16)
     expected = flex_attention(q, q, q, **arguments)
-    with torchhal.enable():
+    with serve():
         served = flex_attention(q, q, q, **arguments)
     torch.testing.assert_close(served, expected)
     assert set(chosen()) == {"mine"}
 
 
-def test_flex_attention_gives_the_lse_in_torchs_unit(mine: object) -> None:
+def test_flex_attention_gives_the_lse_in_torchs_unit(serve: Serve, mine: object) -> None:
     q = torch.randn(1, 2, 32, 16)
     _, expected = flex_attention(q, q, q, return_lse=True)
-    with torchhal.enable():
+    with serve():
         _, served = flex_attention(q, q, q, return_lse=True)
     torch.testing.assert_close(served, expected)
     assert set(chosen()) == {"mine"}
 
 
-def test_flex_attention_stays_with_torch_when_nobody_claims_its_functions(install: Install) -> None:
+def test_flex_attention_stays_with_torch_when_nobody_claims_its_functions(
+    serve: Serve, install: Install
+) -> None:
     plain = type(EVERYTHING)(dtypes=EVERYTHING.dtypes, layouts=EVERYTHING.layouts)
     install("plain", backend("plain", reference_plan, claims=plain, preference={"cpu": 10}))
     q = torch.randn(1, 2, 32, 16)
-    with torchhal.enable():
+    with serve():
         flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score * 2)
     assert chosen() == []

@@ -18,6 +18,7 @@ from torchhal.cache import cache_store, load_cache, save_cache
 from torchhal.context_parallel import context_parallel
 from torchhal.foreach import foreach_map
 from torchhal.hookspecs import hookimpl
+from torchhal.installation import install
 from torchhal.inventory import backends
 from torchhal.matmul import matmul, pack_weight
 from torchhal.mode import enable
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "foreach_map",
     "hookimpl",
+    "install",
     "load_cache",
     "matmul",
     "merge_attention",

@@ -77,14 +77,14 @@ def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     """Serve a call of any layout: directly, or through an operator when the tensors are being traced."""
     selected = choose(call)
     selected.record()
-    assert selected.plan is not None
+    assert selected.plan is not None and selected.run is not None
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else check_number("scale", call.scale)
     if is_traced(call.query) and not selected.plan.traceable:
         from torchhal import ops_families
 
         return ops_families.attention(selected.route, call, scale)
     try:
-        return selected.plan.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
+        return selected.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
     except Exception as error:
         blame(error, selected.route.chosen)
         raise

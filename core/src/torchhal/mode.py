@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchhal import mode_foreach
 from torchhal._tracing import constant_while_tracing
-from torchhal.mode_sdpa import Settings, four_flags, scaled_dot_product_attention, sdpa
+from torchhal.mode_sdpa import Settings, four_flags, scaled_dot_product_attention, sdpa, torchs_own
 from torchhal.registry import registry
 
 
@@ -47,8 +47,7 @@ class Mode(TorchFunctionMode):
                 if kwargs
                 else scaled_dot_product_attention(self, *args)
             )
-            if result is not None:
-                return result
+            return torchs_own(args, kwargs) if result is None else result
         handler = HANDLERS.get(func)
         if handler is None:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -103,7 +102,7 @@ def _with_attention(backend: str | None, strict: bool | None) -> Callable[..., A
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         result = scaled_dot_product_attention(settings, *args, **kwargs)
-        return sdpa(*args, **kwargs) if result is None else result
+        return torchs_own(args, kwargs) if result is None else result
 
     function: Any = F.multi_head_attention_forward
     module = types.ModuleType(f"torchhal.mode.multi_head_attention_{len(_copies)}")

@@ -23,7 +23,7 @@ from torchhal.registry import REFERENCE, registry
 if TYPE_CHECKING:
     from torchhal.mode import Mode
 
-_flex: Final = torch.ops.higher_order.flex_attention
+torchs_own: Final = torch.ops.higher_order.flex_attention
 _LOG2E: Final = 1.0 / math.log(2.0)
 _NO_BLOCKS: Final = 1 << 30
 """Block size of the mask that torch makes up when it is given none."""
@@ -55,7 +55,7 @@ def flex_attention(
     if special or not improvable(
         mode.backend, query.device, query.dtype, features, scope.current.state is scope.current
     ):
-        return _flex(query, key, value, score_mod or _identity, block_mask, scale, options, *rest)
+        return torchs_own(query, key, value, score_mod or _identity, block_mask, scale, options, *rest)
     result = attention(
         query,
         key,

@@ -217,6 +217,13 @@ def _autocast(given: Arguments) -> Arguments:
     return given._replace(query=query, key=key, value=value, attn_mask=mask)
 
 
+def torchs_own(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """A call that was left to torch, which an installation (installation.py) is not to consider again."""
+    if _is_dynamo_compiling():
+        return sdpa(*args, **(kwargs or {}))
+    return scope.uninstalled(sdpa)(*args, **(kwargs or {}))
+
+
 def _sharded(settings: Settings, given: Arguments) -> Any:
     from torchhal.attention import attention
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchhal import scope
 from torchhal._text import dtype_from_name, dtype_name
 from torchhal.operands import AttentionOperands, MatmulOperands, PackedWeight
 from torchhal.ops import Description, Operator, call, define
@@ -54,7 +55,8 @@ def _run_attention(
     carried = AttentionOperands(
         tuple(lists["captured"]), tuple(lists["mask_captured"]), dropout_p=description["dropout_p"], **single
     )
-    result = plan.run(query, key, value, mask, description["scale"], carried)
+    run = scope.uninstalled(plan.run)
+    result = run(query, key, value, mask, description["scale"], carried)
     return result if problem.return_lse else (result,)
 
 

@@ -9,11 +9,12 @@ exact per thread and task, and no Python runs when the guard is checked.
 from __future__ import annotations
 
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torchhal.errors import InvalidProblem
 
@@ -53,6 +54,27 @@ def chosen_backend() -> str | None:
 def active_context_parallel() -> Any:
     """The innermost context-parallel block around this code, None outside one."""
     return state().context_parallel
+
+
+class _Thread(threading.local):
+    uninstalled = False
+    """Whether torch's own functions, called on this thread now, are torch's in an installed process too."""
+
+
+thread: Final = _Thread()
+
+
+def uninstalled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, inside which torch's attention is torch's own, installation or not: it serves, or is torch's choice."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, thread.uninstalled = thread.uninstalled, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            thread.uninstalled = before
+
+    return call
 
 
 @contextmanager

@@ -80,13 +80,16 @@ class Selected(NamedTuple):
     """None when the mode should leave the call to torch."""
     route: Route
     run: Callable[..., Any] | None
-    """``plan.run``, where the fast path reads it."""
+    """``plan.run``, in which torch's attention is torch's own even where an installation replaced it."""
     record: Callable[[], object]
     """Counts one call: ``next`` on a C iterator is atomic, so no call of any thread is lost."""
 
 
 def _selected_of(plan: Plan | None, route: Route) -> Selected:
-    return Selected(plan, route, plan.run if plan else None, route._calls.__next__)
+    run = plan.run if plan else None
+    if plan and not plan.traceable and route.problem.family == "attention":  # an operator calls none of it
+        run = scope.uninstalled(plan.run)
+    return Selected(plan, route, run, route._calls.__next__)
 
 
 REMEMBERED: Final = 4096
@@ -153,14 +156,17 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
     """The Route that the first call torchhal would serve inside ``fn(*args, **kwargs)`` takes.
 
     The call itself is not computed. ``fn`` may be a public function of torchhal or anything that calls
-    torch under the mode, such as ``torch.nn.functional.scaled_dot_product_attention``.
+    torch under the mode, such as ``torch.nn.functional.scaled_dot_product_attention``, which is answered as for the
+    innermost mode, else for the installation of this process, else for ``enable()``.
 
     Raises:
         InvalidProblem: ``fn`` made no call that torchhal routes.
     """
+    from torchhal.installation import installed
     from torchhal.mode import active_mode, enable
 
-    around = active_mode() or enable()
+    installation = installed()
+    around = active_mode() or enable(*(installation.settings if installation else ()))
     try:
         with scope.changed(backend=_Explaining(scope.chosen_backend() or "")), around:
             fn(*args, **kwargs)

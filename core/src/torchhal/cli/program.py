@@ -70,7 +70,7 @@ class Outcome:
 
     error: BaseException | None = None
     threads: list[str] = field(default_factory=list)
-    """Names of the threads it started, which a function mode of torch does not reach."""
+    """Names of the threads it started, which a function mode of torch would not reach."""
 
     def leave(self) -> None:
         """End this process as the program ended; returns if it came to its end without an error."""

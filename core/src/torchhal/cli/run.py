@@ -1,15 +1,17 @@
-"""``torchhal run``: an unmodified program under the mode, and where each of its calls went."""
+"""``torchhal run``: an unmodified program in a process where torchhal is installed, and where each of its calls went."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from torchhal import mode_foreach
 from torchhal.cli.output import err, note, reporting_errors, table, usage
 from torchhal.cli.program import Outcome, Program, run_program
 from torchhal.registry import registry
@@ -41,13 +43,14 @@ def run(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print the routes.")] = False,
 ) -> None:
-    """Run a program that never heard of torchhal under `torchhal.enable()`.
+    """Run a program that never heard of torchhal, its attention served on every thread as after `torchhal.install()`.
 
     The program sees its own arguments, sys.path and __main__, writes to standard output alone, and ends this command with
     its own exit code. Then the routes its calls took are printed to standard error.
 
-    Function modes of torch belong to one thread: calls on threads that the program starts go to torch. They
-    are not counted; that there were such threads is noted. Processes it starts are not covered either.
+    Where a backend claims torch's _foreach functions, or is chosen for them, they are served too, under `torchhal.enable()`.
+    That belongs to one thread, so calls of them on threads that the program starts go to torch; that there were such
+    threads is noted. Processes that the program starts are not covered.
     """
     wanted = Program(program, arguments or (), module)
     if backend is not None:
@@ -57,7 +60,10 @@ def run(
     if fault := wanted.fault():
         usage(fault)
     file = None if file is None else file.absolute()  # the program may change the directory
-    outcome = run_program(wanted, _under_mode(backend, strict))
+    foreach = mode_foreach.improvable(backend, unscoped=True)
+    outcome = run_program(wanted, _served(backend, strict, foreach))
+    if not foreach:
+        outcome.threads.clear()
     taken = routes()
     if file is not None:
         file.write_text(json.dumps(routes_document(taken, outcome), indent=2) + "\n", encoding="utf-8")
@@ -66,11 +72,14 @@ def run(
     outcome.leave()
 
 
-def _under_mode(backend: str | None, strict: bool | None) -> Callable[[Callable[[], None]], None]:
+def _served(backend: str | None, strict: bool | None, foreach: bool) -> Callable[[Callable[[], None]], None]:
     def around(execute: Callable[[], None]) -> None:
         import torchhal
 
-        with torchhal.enable(backend=backend, strict=strict):
+        with ExitStack() as stack:
+            stack.enter_context(torchhal.install(backend, strict))
+            if foreach:
+                stack.enter_context(torchhal.enable(backend, strict))
             execute()
 
     return around
@@ -98,5 +107,5 @@ def show_routes(taken: Sequence[Route], outcome: Outcome) -> None:
         started = "a thread" if count == 1 else f"{count} threads"
         note(
             f"torchhal: the program started {started} ({names}); torch's function modes belong to one thread, so the "
-            "calls it made there went to torch and are not in the table"
+            "torch._foreach functions it called there went to torch and are not in the table"
         )
