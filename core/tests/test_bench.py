@@ -343,9 +343,17 @@ def test_each_cost_is_measured(site: Site) -> None:
         for cost in measure()
     ]
     measured = {cost.name: cost.value for cost in found}
-    assert set(measured) == {"import", "mode", "bare mode", "intercepted", "function", "negotiation"}
+    assert set(measured) == {
+        "import",
+        "mode",
+        "bare mode",
+        "intercepted",
+        "installed",
+        "function",
+        "negotiation",
+    }
     assert all(value is not None for value in measured.values())
-    assert len(found) == 8, "intercepted and function twice: around a plan that does nothing and a real one"
+    assert len(found) == 10, "three of them twice: around a plan that does nothing and a real one"
 
 
 def test_a_backend_without_a_plan_leaves_the_cost_unmeasured_with_the_reason(site: Site) -> None:

@@ -187,7 +187,7 @@ def test_gradients_of_a_compiled_function_are_those_of_torch(mine: object) -> No
     with torchhal.install():
         compiled(leaf).square().sum().backward()
     F.scaled_dot_product_attention(other, other, other).square().sum().backward()
-    torch.testing.assert_close(leaf.grad, other.grad)
+    torch.testing.assert_close(leaf.grad, other.grad, atol=1e-4, rtol=1e-4)
     assert set(counts()) == {"mine"}
 
 

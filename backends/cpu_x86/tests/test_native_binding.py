@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_cases import DTYPES, LIBRARY, OPS, SETS, Tensor, inputs, respread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,8 +55,39 @@ def test_output_strides_follow_the_query_and_the_fake_agrees(shape: tuple[int, .
         fake = OPS.attention_lse(*(mode.from_tensor(x) for x in tensors), False, 1.0)
     for a, b in zip(real, fake):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-    if swapped and length > 1 and heads > 1 and batch:
-        assert real[0].transpose(1, 2).is_contiguous()
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> torch.Tensor:
+    """A query whose dimensions lie in memory in any order, maybe cut out of a larger one or expanded."""
+    size = [draw(st.integers(1, 3)) for _ in range(3)] + [draw(st.integers(2, 4))]
+    order = draw(st.permutations(range(4)))
+    cut = [draw(st.sampled_from([0, 0, 0, 1])) for _ in range(4)]
+    base = torch.randn([size[i] + cut[i] for i in order])
+    found = base.permute([order.index(i) for i in range(4)])[: size[0], : size[1], : size[2], : size[3]]
+    for i in range(3):
+        if draw(st.integers(0, 5)) == 0:
+            found = found.narrow(i, 0, 1).expand(*[size[i] if j == i else -1 for j in range(4)])
+    return found
+
+
+@given(layouts(), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_outputs_lie_in_memory_as_torchs_do_and_the_fake_says_so(
+    query: torch.Tensor, other_size: bool
+) -> None:
+    value = torch.randn(*query.shape[:3], query.shape[3] + other_size)
+    key = torch.randn(query.shape)
+    found = OPS.attention(query, key, value, False, 0.5)
+    with FakeTensorMode() as mode:
+        fake = OPS.attention(*(mode.from_tensor(x) for x in (query, key, value)), False, 0.5)
+    torchs = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+    # Where rows of torch's output are not contiguous, 2.13 returns wrong numbers, which nobody can want to view.
+    assert found.stride() == torchs.stride() or torchs.stride(3) != 1
+    # Fake tensors have it their own way in dimensions of one element, for torch's operators too.
+    assert found.squeeze().stride() == fake.squeeze().stride()
+    weights = torch.softmax(query.double() @ key.double().mT * 0.5, -1)
+    torch.testing.assert_close(found.double(), weights @ value.double(), atol=1e-5, rtol=1e-5)
 
 
 def test_dynamic_lengths_compile_once() -> None:
@@ -171,6 +204,8 @@ def test_a_compiled_gradient_is_refused() -> None:
 WITHOUT_TORCHS_KERNEL = """
 import torch
 import torch.autograd.forward_ad as forward_ad
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchhal_cpu_x86 import native
 
 find = native._address

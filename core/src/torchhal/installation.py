@@ -20,7 +20,7 @@ from torch import Tensor
 from torchhal import mode_flex
 from torchhal.errors import ConfigurationError
 from torchhal.mode import active_mode
-from torchhal.mode_sdpa import Settings, scaled_dot_product_attention
+from torchhal.mode_sdpa import Settings, four_flags, scaled_dot_product_attention
 from torchhal.registry import registry
 from torchhal.scope import thread
 
@@ -91,7 +91,7 @@ def install(backend: str | None = None, strict: bool | None = None) -> Installat
                 f"strict={_installed.settings.strict!r}); remove() that installation first, or choose for one block "
                 "with torchhal.enable(...) or torchhal.use(...)"
             )
-        installation = Installation(Settings(backend, strict))
+        installation = Installation(Settings(backend, strict, four_flags(backend, strict)))
         try:
             _put_into_torch(installation)
         except BaseException:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 from torchhal.errors import ConfigurationError
@@ -45,6 +44,8 @@ def default_path() -> Path | None:
     value = os.environ.get("TORCHHAL_LOCK")
     if value is not None:
         return Path(value) if value else None
+    import platformdirs
+
     return Path(platformdirs.user_config_dir("torchhal")) / "selection.lock.json"
 
 

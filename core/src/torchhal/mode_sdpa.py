@@ -32,11 +32,8 @@ class Settings(NamedTuple):
 
     backend: str | None
     strict: bool | None
-
-    @property
-    def flags(self) -> FourFlags:
-        """The flags of a call."""
-        return four_flags(self.backend, self.strict)
+    flags: FourFlags | None = None
+    """Those of :func:`four_flags`, where the time to look them up counts."""
 
 
 @functools.cache

@@ -49,6 +49,19 @@ _TENSOR_FIELDS = tuple(
 )
 
 
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """An uninitialised (..., Ev) result in the layout of torch's attention on CPU, which keeps that of the query.
+
+    Transformers keep (B, L, H, E) tensors and pass transposed views; a result in the same order makes the transposition
+    back free, and a ``view`` that works on torch's result works on this one.
+    """
+    if query.dim() == 4 and query.shape[-1] == value.shape[-1] and query.stride(-1) == 1:
+        found = torch.empty_like(query)
+        if found.stride(-1) == 1:  # not so for some expanded queries
+            return found
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 @dataclass(frozen=True, slots=True)
 class MatmulOperands:
     """Captured tensors of a fused matrix product's functions, in graph order."""

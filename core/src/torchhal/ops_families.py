@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchhal import scope
 from torchhal._text import dtype_from_name, dtype_name
-from torchhal.operands import AttentionOperands, MatmulOperands, PackedWeight
+from torchhal.operands import AttentionOperands, MatmulOperands, PackedWeight, empty_output
 from torchhal.ops import Description, Operator, call, define
 from torchhal.problems import AttentionProblem, ForeachProblem, MatmulProblem, Plan
 from torchhal.reference.attention import score_dtype
@@ -61,17 +61,8 @@ def _run_attention(
 
 
 def attention_shapes(query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> list[Tensor]:
-    """Uninitialised results: ``out`` in the query's order of dimensions, packed, and a contiguous LSE.
-
-    Transformers keep (B, L, H, E) tensors and pass transposed views; giving the result the same order makes
-    the transposition back free, as torch's own attention does on CPU.
-    """
-    sizes = (*query.shape[:-1], value.shape[-1])
-    if query.dim() == 4 and query.stride(1) < query.stride(2):
-        batch, heads, length, size = sizes
-        out = query.new_empty((batch, length, heads, size)).transpose(1, 2)
-    else:
-        out = query.new_empty(sizes)
+    """Uninitialised results: ``out`` and a contiguous LSE."""
+    out = empty_output(query, value)
     if not return_lse:
         return [out]
     return [out, query.new_empty(query.shape[:-1], dtype=score_dtype(query.dtype, key.dtype, value.dtype))]

@@ -11,7 +11,6 @@ from importlib import metadata
 from typing import Any, Final
 
 import pluggy
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from torchhal import hookspecs
 from torchhal._identity import field_fault
@@ -282,6 +281,8 @@ def _identity_problem(name: str, answers: list[Any]) -> tuple[str, str] | None:
         return "identity", fault
     if info.name != name:
         return "identity", f"it calls itself '{info.name}' and its entry point '{name}'; the two must agree"
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet  # 10 ms, when backends are loaded
+
     try:
         accepts = SpecifierSet(info.spec).contains(SPEC_VERSION)
     except InvalidSpecifier:

@@ -166,7 +166,7 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
     from torchhal.mode import active_mode, enable
 
     installation = installed()
-    around = active_mode() or enable(*(installation.settings if installation else ()))
+    around = active_mode() or enable(*(installation.settings[:2] if installation else ()))
     try:
         with scope.changed(backend=_Explaining(scope.chosen_backend() or "")), around:
             fn(*args, **kwargs)

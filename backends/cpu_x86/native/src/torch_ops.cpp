@@ -15,6 +15,7 @@
 #include <string>
 
 #include "plan.hpp"
+#include "strides.hpp"
 #include "torch_shim.hpp"
 
 namespace {
@@ -199,16 +200,15 @@ class Call {
     return true;
   }
 
-  // The output keeps the query's order of heads and positions, as torch's own kernels do.
+  // Laid out as torch's own kernel for CPUs lays its output out, so that a view that works on torch's works on ours.
   bool allocate(thal_attention& c) {
-    const bool swapped = c.q_stride[1] < c.q_stride[2];
     const int64_t size[4] = {c.B, c.Hq, c.L, c.Ev};
+    const bool alike = c.Ev == c.E && c.q_stride[3] == 1;
+    if (alike) thal::strides_like(size, c.q_stride, c.out_stride);
+    // torch 2.13 lays the output of an expanded query out with rows that are not contiguous, and then computes as if
+    // they were: the one layout not worth following.
+    if (!alike || c.out_stride[3] != 1) thal::contiguous_strides(size, c.out_stride);
     const int64_t rows = std::max<int64_t>(c.L, 1), heads = std::max<int64_t>(c.Hq, 1);
-    const int64_t width = std::max<int64_t>(c.Ev, 1);
-    c.out_stride[0] = heads * rows * width;
-    c.out_stride[1] = swapped ? width : rows * width;
-    c.out_stride[2] = swapped ? heads * width : width;
-    c.out_stride[3] = 1;
     if (torch.empty(4, size, c.out_stride, view_[0].dtype, torch.cpu(), 0, &results_[0]) ||
         torch.data(results_[0], &c.out))
       return fail("no memory for the output");

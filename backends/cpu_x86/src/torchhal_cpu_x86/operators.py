@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchhal.operands import empty_output
+
 NAMESPACE: Final = "torchhal_cpu_x86"
 OPERATORS: Final = ("attention", "attention_lse", "masked_attention", "masked_attention_lse")
 
@@ -49,13 +51,6 @@ def _is_differentiated(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x)[1] is not None  # type: ignore[no-untyped-call]
 
 
-def _like_query(query: Tensor, value: Tensor) -> Tensor:
-    batch, heads, length, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-    return query.new_empty((batch, heads, length, value.shape[3]))
-
-
 def _check_devices(*arguments: object) -> None:
     """One meta tensor sends a call here: what it would make for real tensors is memory that nobody wrote."""
     devices = [x.device for x in arguments if isinstance(x, Tensor)]
@@ -67,12 +62,12 @@ def _check_devices(*arguments: object) -> None:
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     _check_devices(query, key, value, *rest)
-    return _like_query(query, value)
+    return empty_output(query, value)
 
 
 def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     _check_devices(query, key, value, *rest)
-    return _like_query(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _register_fakes() -> None:

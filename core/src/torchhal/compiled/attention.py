@@ -73,10 +73,10 @@ def scaled_dot_product_attention(settings: Settings, given: Arguments) -> Any:
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
-    backend, strict = settings
     return _record(
-        "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, backend, None, True, strict
-    )
+        "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, settings.backend, None, True,
+        settings.strict,
+    )  # fmt: skip
 
 
 def varlen_attention(

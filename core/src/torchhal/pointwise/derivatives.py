@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from packaging.version import Version
 
 from torchhal.pointwise.functions import call
 
@@ -52,7 +51,7 @@ def _min(g: Any, y: Any, left: Any, right: Any) -> tuple[Any, ...]:
     return _extreme(g, left, right, left > right, left < right)
 
 
-_TIES: Final = Version(torch.__version__).release >= (2, 14)
+_TIES: Final = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
 """Torch's clamps pass the whole gradient to the input at a bound until 2.13; since 2.14 none of it where the bound
 is a number, and half to each where it is a tensor."""
 
