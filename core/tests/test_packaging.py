@@ -150,3 +150,21 @@ def test_what_builds_on_the_core_imports_only_its_public_modules(folder: str) ->
     )
     for path in (ROOT / folder / "src").rglob("*.py"):
         assert private.findall(path.read_text(encoding="utf-8")) == [], path
+
+
+LAZY = """
+import sys, torchhal
+early = [name for name in ("cache", "deploy", "foreach", "inventory", "mode") if f"torchhal.{name}" in sys.modules]
+assert not early, early
+missing = [name for name in torchhal.__all__ if not hasattr(torchhal, name) or name not in dir(torchhal)]
+assert not missing, missing
+assert torchhal.deploy is sys.modules["torchhal.deploy"]
+try:
+    torchhal.attend
+except AttributeError as error:
+    assert "has no attribute 'attend'" in str(error)
+"""
+
+
+def test_what_is_rarely_used_is_imported_when_it_is_asked_for() -> None:
+    subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=60)
