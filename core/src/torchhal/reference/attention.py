@@ -119,9 +119,14 @@ def _empty_results(whole: Piece) -> Result:
 # ---------------------------------------------------------------------------- one piece
 
 
+def _packed(tensor: Tensor) -> Tensor:
+    """A copy in fresh memory: torch's products choose a kernel, and the last bit of a result, by strides and alignment."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: AttentionOperands) -> Result:
     dtype = score_dtype(piece.query.dtype, piece.key.dtype, piece.value.dtype)
-    query, key, value = (tensor.to(dtype) for tensor in (piece.query, piece.key, piece.value))
+    query, key, value = (_packed(tensor.to(dtype)) for tensor in (piece.query, piece.key, piece.value))
     grid = Grid.of(piece)
     visible = visible_pairs(problem, piece, grid, operands)
     scores = _ungroup(pair_products(_group(query, key.shape[1]), key), query) * scale
@@ -132,7 +137,7 @@ def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: Att
         scores = torch.where(visible, scores, -torch.inf)
     sees_everything = visible is None and problem.score_mod is None
     counts = None if sees_everything else scores != -torch.inf
-    weights, lse = _softmax(scores, counts)
+    weights, lse = _softmax(_packed(scores), counts)  # a mask's strides may have become theirs
     if problem.dropout:
         weights = _dropped(weights, grid, operands)
     groups = key.shape[1]
