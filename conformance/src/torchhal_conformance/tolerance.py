@@ -31,7 +31,7 @@ def ratio(found: Tensor, exact: Tensor, plain: Tensor, k: float = FORWARD) -> fl
     Args:
         found: the result, any floating type.
         exact: float64, the truth.
-        plain: a same-type evaluation, as ``found`` or wider.
+        plain: an evaluation in the type that the result must have.
     """
     got, truth, baseline = (t.detach().to("cpu", torch.float64).flatten() for t in (found, exact, plain))
     finite = torch.isfinite(truth)
@@ -46,8 +46,8 @@ def ratio(found: Tensor, exact: Tensor, plain: Tensor, k: float = FORWARD) -> fl
     )
     allowed = allowed.nan_to_num(0.0, 0.0, 0.0)
     return max(
-        _largest(error) / _bound(k * _largest(allowed), LARGEST_ULPS, _largest(truth), found.dtype),
-        _rms(error) / _bound(k * _rms(allowed), RMS_ULPS, _rms(truth), found.dtype),
+        _largest(error) / _bound(k * _largest(allowed), LARGEST_ULPS, _largest(truth), plain.dtype),
+        _rms(error) / _bound(k * _rms(allowed), RMS_ULPS, _rms(truth), plain.dtype),
     )
 
 

@@ -328,6 +328,7 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"scale": 0.0},
     {"scale": -0.5},
     {"scale": 3.0, "lse": True},
+    {"scale": 30.0, "lse": True},
     {"mask": "boolean"},
     {"mask": "boolean:k"},
     {"mask": "boolean:lk"},
@@ -392,7 +393,8 @@ def calls() -> Iterator[Call]:
         for changes in LAYOUT_FEATURES:
             yield dataclasses.replace(plain, **{"layout": "varlen", "batch": 4, **changes})
             yield dataclasses.replace(plain, **{"layout": "paged", "rows": 2, **changes})
-        for page, keys in ((page, keys) for page in PAGES for keys in (page * 2 - 1, page * 2, page * 2 + 1)):
+        for page, beyond in itertools.product(PAGES, (-1, 0, 1)):
+            keys = 2 * page + beyond
             yield dataclasses.replace(
                 plain, layout="paged", page=page, keys=keys, rows=1, batch=3, causal=True
             )

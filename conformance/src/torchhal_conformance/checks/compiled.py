@@ -1,0 +1,91 @@
+"""Does a call trace as one node, give the same numbers compiled, and keep its trace when only a length changes?"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from torchhal_conformance import calls, tolerance
+from torchhal_conformance.families import attention, samples
+from torchhal_conformance.model import Check, CheckFailed, Explanation, Inputs, Measured, Sample
+
+
+def compiled(backend: str, sample: Sample, seed: int) -> Measured:
+    """``torch.compile(fullgraph=True)`` against the truth, and one trace."""
+    inputs = calls.make(sample, backend, seed)
+    function, counter = _compile(sample, backend)
+    found = _run(function, inputs)
+    exact, plain = calls.truth(sample, inputs)
+    names = [f"compiled result {i}" for i in range(len(exact))]
+    ratio = tolerance.judge(found, exact, plain, tolerance.FORWARD, names)
+    _run(function, calls.make(sample, backend, seed + 1))
+    if counter.frame_count != 1:
+        raise CheckFailed("one trace for two calls that differ in data alone", counter.frame_count)
+    return Measured(ratio)
+
+
+def lengths(backend: str, sample: Sample, seed: int) -> Measured:
+    """Four lengths, two traces: the first, and one for all lengths."""
+    call = attention.Call(causal="causal" in sample.tags, batch=2, rows=9, keys=13)
+    function, counter = None, None
+    for step in (0, 2, 5, 11):
+        longer = attention.sample(dataclasses.replace(call, rows=call.rows + step, keys=call.keys + step))
+        if function is None:
+            function, counter = _compile(longer, backend)
+        _run(function, calls.make(longer, backend, seed))
+    assert counter is not None
+    if counter.frame_count > 2:
+        raise CheckFailed("at most two traces for four lengths", counter.frame_count)
+    return Measured()
+
+
+def _compile(sample: Sample, backend: str) -> tuple[Any, CompileCounterWithBackend]:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(lambda given: sample.call(backend, given), fullgraph=True, backend=counter), counter
+
+
+def _run(function: Any, inputs: Inputs) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return function(inputs)
+
+
+def _traceable() -> Iterator[Sample]:
+    """One sample for each combination of claims in float32; a BlockMask is made outside compiled code, so none has one."""
+    seen = set()
+    for sample in samples("attention"):
+        kind = (sample.needs.features, sample.needs.choice)
+        plain = (
+            torch.float32 in sample.needs.dtypes and "small" in sample.tags and sample.profile == "inference"
+        )
+        if plain and kind not in seen and not ("mask_mod" in sample.tags and "dense" in sample.tags):
+            seen.add(kind)
+            yield sample
+
+
+EXPLANATION: Final = Explanation(
+    tests="Compiles the call with fullgraph=True; numbers must be as near to the truth as in eager mode, and one trace serve all data.",
+    why="An operator whose fake formula promises other strides than it delivers gives wrong numbers after the compiler only.",
+    debug="Run torch.library.opcheck on the operator that the plan leaves in the graph.",
+)
+
+
+def checks() -> Iterator[Check]:
+    """Attention, the family whose plans may leave operators of their own."""
+    yield Check("attention.compiled", EXPLANATION, _traceable, compiled)
+    yield Check(
+        "attention.compiled_lengths",
+        Explanation(
+            "Calls compiled code with four lengths: two traces at most.",
+            "A plan that reads a length as a number makes a server compile for every prompt.",
+            "TORCH_LOGS=recompiles names the guard that failed.",
+        ),
+        lambda: (s for s in _traceable() if s.tags <= {"dense", "small", "causal", "typical"}),
+        lengths,
+    )

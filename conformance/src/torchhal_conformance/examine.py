@@ -1,0 +1,70 @@
+"""One case of one backend, in this process: what the worker does, and what a person who reproduces a case does."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+from typing import Any
+
+from torchhal.errors import Unsupported
+from torchhal.registry import Backend, registry, verify
+from torchhal_conformance import calls
+from torchhal_conformance.model import Case, CheckFailed, HarnessError, Measured
+
+Result = dict[str, Any]
+"""The part of a result record that depends on the run."""
+
+
+def load_plugin(specification: str) -> str:
+    """Add a backend that is not installed, ``module:attribute``, to this process; returns its name.
+
+    Raises:
+        ValueError: it does not load as a plugin; says why.
+    """
+    module, _, attribute = specification.partition(":")
+    plugin: Any = importlib.import_module(module)
+    for part in attribute.split(".") if attribute else ():
+        plugin = getattr(plugin, part)
+    name = plugin.torchhal_backend().name
+    outcome = verify(name, f"plugin {specification}", plugin)
+    if not isinstance(outcome, Backend):
+        raise ValueError(f"{specification} is no plugin: {outcome}")
+    registry().backends[name] = outcome
+    return str(name)
+
+
+def examine(case: Case, backend: str) -> Result:
+    """Run one case; whatever happens becomes a result, but for what ends the process."""
+    begin = time.perf_counter()
+    found = {"status": "pass", "ratio": None, "error": None, "expected": None, "got": None, "note": None}
+    try:
+        found |= _outcome(case, backend)
+    except CheckFailed as failure:
+        found |= {"status": "fail", "ratio": failure.ratio, "expected": failure.expected, "got": failure.got}
+        found["error"] = _error("CheckFailed", str(failure))
+    except HarnessError as failure:
+        found |= {"status": "error", "error": _error("HarnessError", str(failure))}
+    except Unsupported as refusal:
+        found |= {"status": "untestable", "error": _error("Unsupported", str(refusal))}
+    except BaseException as error:  # a backend may raise anything, SystemExit included
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = f" (at {last[0].name}, line {last[0].lineno})" if last else ""
+        found |= {"status": "fail", "error": _error(type(error).__name__, f"{error}{where}")}
+        found |= {"expected": "no exception", "got": type(error).__name__}
+    return {**found, "seconds": time.perf_counter() - begin}
+
+
+def _outcome(case: Case, backend: str) -> Result:
+    missing = case.sample.needs.unclaimed(registry().get(backend).info.capabilities)
+    if not missing:
+        measured: Measured = case.check.run(backend, case.sample, case.data_seed)
+        return {"ratio": measured.ratio, "note": measured.note or None}
+    inputs = calls.make(case.sample, backend, case.data_seed)
+    if not calls.is_refused(case.sample, backend, inputs):
+        raise CheckFailed(f"Unsupported, since {', '.join(missing)} is not claimed", "a result")
+    return {"status": "unsupported-verified"}
+
+
+def _error(kind: str, message: str) -> dict[str, str]:
+    return {"class": kind, "message": " ".join(message.split())[:2000]}

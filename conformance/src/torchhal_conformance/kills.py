@@ -1,0 +1,63 @@
+"""Which planted faults die, of which check, after how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from torchhal_conformance import corpus
+from torchhal_conformance.checks import all_checks
+from torchhal_conformance.mutants import NAME, Mutant, all_mutants
+from torchhal_conformance.pool import Worker
+
+DEADLY: Final = frozenset(("fail", "timeout"))
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of one mutant."""
+
+    mutant: str
+    fault: str
+    check: str
+    """The check that was to find it."""
+    case: str | None
+    """The first case that did; None: the mutant lives."""
+    message: str
+    seconds: float
+
+
+def hunt(mutants: tuple[Mutant, ...], jobs: int, timeout: float = 60.0) -> Iterator[Kill]:
+    """Try every mutant's killers, each until its first failure; in the order of the mutants."""
+    with ThreadPoolExecutor(jobs) as executor:
+        for kills in executor.map(lambda mutant: _hunt_one(mutant, timeout), mutants):
+            yield from kills
+
+
+def _hunt_one(mutant: Mutant, timeout: float) -> list[Kill]:
+    worker = Worker(NAME, f"torchhal_conformance.mutants:plugins.{mutant.name}", 0, timeout, 1)
+    try:
+        return [_first_kill(worker, mutant, check) for check in mutant.killers]
+    finally:
+        worker.stop()
+
+
+def _first_kill(worker: Worker, mutant: Mutant, check: str) -> Kill:
+    begin = time.monotonic()
+    for case in corpus.cases():
+        if case.check.name != check or case.sample.needs.unclaimed(mutant.capabilities):
+            continue
+        result = worker.run(case.id)
+        if result["status"] in DEADLY:
+            message = (result["error"] or {}).get("message", "")
+            return Kill(mutant.name, mutant.fault, check, case.id, message, time.monotonic() - begin)
+    return Kill(mutant.name, mutant.fault, check, None, "lives", time.monotonic() - begin)
+
+
+def unproven() -> list[str]:
+    """Checks that no mutant names among its killers."""
+    proven = {check for mutant in all_mutants() for check in mutant.killers}
+    return sorted(check.name for check in all_checks() if check.name not in proven)

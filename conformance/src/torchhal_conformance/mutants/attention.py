@@ -1,0 +1,469 @@
+"""Faults in attention's arithmetic, indexing and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torchhal.reference.attention import attention as honest_attention
+from torchhal_conformance.mutants import Change, Mutant, Run
+
+NUMBERS: Final = ("attention.numbers",)
+
+
+def _inputs(change: Callable[..., tuple[Any, ...]], when: Callable[[Any], bool] = lambda p: True) -> Change:
+    """A fault in what goes in: ``change(problem, q, k, v, mask, scale, operands)`` gives what is used instead."""
+
+    def make(run: Run, problem: Any) -> Run:
+        def faulty(*given: Any) -> Any:
+            return run(*change(problem, *given)) if when(problem) else run(*given)
+
+        return faulty
+
+    return make
+
+
+def _outputs(change: Callable[..., Any], when: Callable[[Any], bool] = lambda p: True) -> Change:
+    """A fault in what comes out: ``change(problem, out, lse or None, *given)`` gives the pair returned instead."""
+
+    def make(run: Run, problem: Any) -> Run:
+        def faulty(*given: Any) -> Any:
+            found = run(*given)
+            if not when(problem):
+                return found
+            out, lse = found if problem.return_lse else (found, None)
+            out, lse = change(problem, out, lse, *given)
+            return (out, lse) if problem.return_lse else out
+
+        return faulty
+
+    return make
+
+
+def _problem(**changes: Any) -> Change:
+    """A field of the problem is not honoured."""
+
+    def make(run: Run, problem: Any) -> Run:
+        other = dataclasses.replace(problem, **changes)
+        keeps = "score_mod" not in changes
+
+        def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+            if operands is not None and not keeps:
+                operands = dataclasses.replace(operands, captured=())
+            if operands is not None and "mask_mod" in changes:
+                operands = dataclasses.replace(
+                    operands,
+                    mask_captured=(),
+                    kv_num_blocks=None,
+                    kv_indices=None,
+                    full_kv_num_blocks=None,
+                    full_kv_indices=None,
+                )
+            return honest_attention(other, q, k, v, mask, scale, operands)
+
+        return faulty
+
+    return make
+
+
+def _dense(problem: Any) -> bool:
+    return problem.layout == "dense"
+
+
+# ---------------------------------------------------------------------------- arithmetic
+
+
+def _scaled(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    return q, k, v, mask, scale * 1.01, o
+
+
+def _squared(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    return q, k, v, mask, scale * abs(scale), o
+
+
+def _rounded(bits: int) -> Callable[..., tuple[Any, ...]]:
+    def cut(t: Tensor) -> Tensor:
+        if t.dtype is not torch.float32:
+            return t
+        keep = -1 << (23 - bits)
+        return (t.detach().contiguous().view(torch.int32) & keep).view(torch.float32) + (t - t.detach())
+
+    def change(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+        return cut(q), cut(k), cut(v), mask, scale, o
+
+    return change
+
+
+def _noisy_head(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    if out.dim() == 4 and out.shape[1] > 1:
+        out = out.clone()
+        out[:, 1] = out[:, 1] * 1.001
+    return out, lse
+
+
+def _bf16_output(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out.to(torch.bfloat16).to(out.dtype), lse
+
+
+def _unstable(run: Run, problem: Any) -> Run:
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        plain = problem.layout == "dense" and not problem.features - {"lse", "backward"} and k.shape[2]
+        if not plain:
+            return run(q, k, v, mask, scale, operands)
+        weights = torch.exp((q.float() @ k.float().mT) * scale)
+        total = weights.sum(-1, keepdim=True)
+        out = ((weights / total) @ v.float()).to(q.dtype)
+        return (out, torch.log(total).squeeze(-1)) if problem.return_lse else out
+
+    return faulty
+
+
+def _lse_without_maximum(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out, None if lse is None else lse - lse.detach().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _lse_in_bits(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out, None if lse is None else lse * math.log2(math.e)
+
+
+def _lse_narrow(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out, None if lse is None else lse.to(torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------- indexing
+
+
+def _causal(diagonal: Callable[[int, int], int]) -> Change:
+    def make(run: Run, problem: Any) -> Run:
+        if not (problem.is_causal and problem.layout == "dense" and problem.mask_dtype is None):
+            return run
+        other = dataclasses.replace(problem, is_causal=False, mask_dtype=torch.bool)
+
+        def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+            rows, keys = q.shape[2], k.shape[2]
+            seen = torch.ones(rows, keys, dtype=torch.bool).tril(diagonal(rows, keys))
+            return honest_attention(other, q, k, v, seen, scale, operands)
+
+        return faulty
+
+    return make
+
+
+def _interleaved(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    group = p.query_heads // max(p.key_heads, 1)
+    order = [h % p.key_heads * group + h // p.key_heads for h in range(p.query_heads)]
+    dimension = 1 if q.dim() == 4 else -2
+    return q.index_select(dimension, torch.tensor(order)), k, v, mask, scale, o
+
+
+def _short_tail(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    keys = k.shape[2]
+    if keys % 16 == 1 and keys > 1 and mask is None and o is None:
+        return q, k[:, :, :-1], v[:, :, :-1], mask, scale, o
+    return q, k, v, mask, scale, o
+
+
+def _last_rows(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    rows = out.shape[2] % 16 if out.dim() == 4 and out.shape[2] > 16 else 0
+    if rows:
+        out = out.clone()
+        out[:, :, -rows:] = 0.0
+    return out, lse
+
+
+def _first_mask_row(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    if mask is not None and mask.dim() >= 2:
+        mask = mask[..., :1, :]
+    return q, k, v, mask, scale, o
+
+
+def _scaled_mask(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    if mask is not None and mask.is_floating_point():
+        mask = mask * scale
+    return q, k, v, mask, scale, o
+
+
+def _flat(t: Tensor) -> Tensor:
+    """What a kernel sees that takes strides for granted."""
+    steps = torch.empty(t.shape, device="meta").stride()
+    return torch.as_strided(t, t.shape, steps, t.storage_offset()) if _reaches(t, steps) else t
+
+
+def _reaches(t: Tensor, steps: tuple[int, ...]) -> bool:
+    last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, steps))
+    return bool(t.numel()) and last < t.untyped_storage().nbytes() // t.element_size()
+
+
+def _no_strides(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    return _flat(q), _flat(k), _flat(v), mask, scale, o
+
+
+def _no_offset(p: Any, q: Any, k: Any, v: Any, mask: Any, scale: float, o: Any) -> tuple[Any, ...]:
+    def start(t: Tensor) -> Tensor:
+        return torch.as_strided(t, t.shape, t.stride(), 0) if t.storage_offset() else t
+
+    return start(q), start(k), start(v), mask, scale, o
+
+
+def _operands(change: Callable[[Any, Any], dict[str, Any]], layout: str) -> Change:
+    def make(run: Run, problem: Any) -> Run:
+        def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+            changed = (
+                dataclasses.replace(operands, **change(problem, operands))
+                if problem.layout == layout
+                else operands
+            )
+            return run(q, k, v, mask, scale, changed)
+
+        return faulty
+
+    return make
+
+
+def _in_order(p: Any, operands: Any) -> dict[str, Any]:
+    return {"page_table": operands.page_table.sort(1).values}
+
+
+def _whole_pages(p: Any, operands: Any) -> dict[str, Any]:
+    most = operands.page_table.shape[1] * p.page_size
+    return {"seq_lens": (-(-operands.seq_lens // p.page_size) * p.page_size).clamp(max=most).to(torch.int32)}
+
+
+def _leaking(p: Any, operands: Any) -> dict[str, Any]:
+    ends = operands.cu_seqlens_k.clone()
+    ends[1:-1] = torch.minimum(ends[1:-1] + 1, ends[-1])
+    return {"cu_seqlens_k": ends}
+
+
+def _stale_page(run: Run, problem: Any) -> Run:
+    kept: dict[Any, Any] = {}
+
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        if problem.layout == "paged":
+            first = kept.setdefault(tuple(operands.page_table.shape), operands.page_table.clone())
+            operands = dataclasses.replace(operands, page_table=first)
+        return run(q, k, v, mask, scale, operands)
+
+    return faulty
+
+
+# ---------------------------------------------------------------------------- what is hidden
+
+
+def _nan_through(p: Any, out: Tensor, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    if p.layout == "dense" and v.shape[2]:
+        group = p.query_heads // max(p.key_heads, 1)
+        out = out + (v * 0.0).sum(2, keepdim=True).repeat_interleave(group, 1).to(out.dtype)
+    return out, lse
+
+
+def _nan_through_pages(p: Any, out: Tensor, lse: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    return (out + (v * 0.0).sum().to(out.dtype), lse) if p.layout == "paged" else (out, lse)
+
+
+def _blind_nan(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    blind = (out == 0).all(-1, keepdim=True)
+    return torch.where(blind, math.nan, out), lse
+
+
+def _blind_lse(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out, None if lse is None else torch.where(torch.isneginf(lse), -1e30, lse)
+
+
+def _neighbours(run: Run, problem: Any) -> Run:
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        found = run(q, k, v, mask, scale, operands)
+        if (
+            problem.layout != "dense"
+            or q.shape[0] < 2
+            or mask is not None
+            or operands is not None
+            or problem.is_causal
+        ):
+            return found
+        flipped = run(q, k.flip(2), v.flip(2), mask, scale, operands)  # another order of the sums
+        out, other = (f[0] if problem.return_lse else f for f in (found, flipped))
+        mixed = torch.cat([out[:1], other[1:]])
+        return (mixed, found[1]) if problem.return_lse else mixed
+
+    return faulty
+
+
+def _floor_of_maximum(run: Run, problem: Any) -> Run:
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        plain = problem.layout == "dense" and not problem.features - {"lse"} and k.shape[2] > 1
+        if not plain:
+            return run(q, k, v, mask, scale, operands)
+        scores = (q.double() @ k.double().mT) * scale
+        half = k.shape[2] // 2
+        tops = [s.amax(-1, keepdim=True).clamp(min=-100.0) for s in (scores[..., :half], scores[..., half:])]
+        weights = torch.cat(
+            [
+                torch.exp(s - t).clamp(min=1e-3)
+                for s, t in zip((scores[..., :half], scores[..., half:]), tops)
+            ],
+            -1,
+        )
+        weights = weights * torch.exp(
+            torch.cat([t.expand(*t.shape[:-1], n) for t, n in zip(tops, (half, k.shape[2] - half))], -1)
+            - torch.maximum(*tops)
+        )
+        out = ((weights / weights.sum(-1, keepdim=True)) @ v.double()).to(q.dtype)
+        lse = (torch.log(weights.sum(-1)) + torch.maximum(*tops).squeeze(-1)).to(
+            torch.promote_types(q.dtype, torch.float32)
+        )
+        return (out, lse) if problem.return_lse else out
+
+    return faulty
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.factor, None
+
+
+def _leaf(position: int, factor: float) -> Change:
+    def change(p: Any, *given: Any) -> tuple[Any, ...]:
+        changed = list(given)
+        if isinstance(changed[position], Tensor) and changed[position].requires_grad:
+            changed[position] = _Scaled.apply(changed[position], factor)
+        return tuple(changed)
+
+    return _inputs(change)
+
+
+def _no_dlse(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
+    return out, None if lse is None else lse.detach()
+
+
+def _no_captured_gradient(run: Run, problem: Any) -> Run:
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        if operands is not None:
+            operands = dataclasses.replace(operands, captured=tuple(t.detach() for t in operands.captured))
+        return run(q, k, v, mask, scale, operands)
+
+    return faulty
+
+
+def _first_captured(run: Run, problem: Any) -> Run:
+    kept: dict[Any, Any] = {}
+
+    def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+        if operands is not None and operands.captured:
+            shapes = tuple(t.shape for t in operands.captured)
+            first = kept.setdefault(shapes, tuple(t.detach().clone() for t in operands.captured))
+            operands = dataclasses.replace(operands, captured=first)
+        return run(q, k, v, mask, scale, operands)
+
+    return faulty
+
+
+_m = functools.partial(Mutant, family="attention")
+
+MUTANTS: Final = (
+    _m("wrong_scale", "the scale is 1 % too large", NUMBERS, _inputs(_scaled)),
+    _m("scale_squared", "the scale is applied to query and key both", NUMBERS, _inputs(_squared)),
+    _m("tf32", "float32 inputs are cut to 10 bits, as TF32 does", NUMBERS, _inputs(_rounded(10))),
+    _m("bf16_inputs", "float32 inputs are cut to 7 bits", NUMBERS, _inputs(_rounded(7))),
+    _m("bf16_output", "the result went through bfloat16", NUMBERS, _outputs(_bf16_output)),
+    _m("noisy_head", "one head is off by a thousandth", NUMBERS, _outputs(_noisy_head)),
+    _m("unstable_softmax", "no maximum is subtracted before exp", NUMBERS, _unstable),
+    _m("lse_without_maximum", "the LSE lacks the maximum", NUMBERS, _outputs(_lse_without_maximum)),
+    _m("lse_in_bits", "the LSE is a logarithm to base 2", NUMBERS, _outputs(_lse_in_bits)),
+    _m("lse_narrow", "the LSE is bfloat16", NUMBERS, _outputs(_lse_narrow)),
+    _m("causal_off_by_one", "the causal limit hides the diagonal", NUMBERS, _causal(lambda rows, keys: -1)),
+    _m(
+        "causal_bottom_right",
+        "the causal limit is aligned bottom right",
+        NUMBERS,
+        _causal(lambda rows, keys: keys - rows),
+    ),
+    _m(
+        "interleaved_heads",
+        "query head h reads key head h mod Hkv",
+        NUMBERS,
+        _inputs(_interleaved, lambda p: p.key_heads not in (0, 1, p.query_heads)),
+    ),
+    _m("short_tail", "the last key is dropped where it begins a tile", NUMBERS, _inputs(_short_tail, _dense)),
+    _m("last_rows", "a last partial tile of rows stays zero", NUMBERS, _outputs(_last_rows)),
+    _m("first_mask_row", "the mask's first row serves all rows", NUMBERS, _inputs(_first_mask_row)),
+    _m("scaled_mask", "the additive mask is scaled too", NUMBERS, _inputs(_scaled_mask)),
+    _m("no_score_mod", "the score_mod is dropped", NUMBERS, _problem(score_mod=None)),
+    _m("no_mask_mod", "the mask_mod is dropped", NUMBERS, _problem(mask_mod=None, block_size=None)),
+    _m(
+        "first_captured",
+        "captured tensors are those of the first call",
+        ("attention.fresh_data",),
+        _first_captured,
+    ),
+    _m("no_strides", "tensors are read as if contiguous", ("attention.strides",), _inputs(_no_strides)),
+    _m("no_offset", "storage offsets are ignored", ("attention.strides",), _inputs(_no_offset)),
+    _m(
+        "pages_in_order",
+        "the page table is taken to be sorted",
+        ("attention.page_order", "attention.numbers"),
+        _operands(_in_order, "paged"),
+    ),
+    _m("stale_page", "the page table is that of the first call", ("attention.page_order",), _stale_page),
+    _m(
+        "whole_pages",
+        "the last page is read to its end",
+        ("attention.page_poison", "attention.numbers"),
+        _operands(_whole_pages, "paged"),
+    ),
+    _m(
+        "leaking_sequences",
+        "each sequence sees one key of the next",
+        ("attention.sequence_leak", "attention.numbers"),
+        _operands(_leaking, "varlen"),
+    ),
+    _m(
+        "nan_through",
+        "hidden values are multiplied by 0 instead of skipped",
+        ("attention.poison",),
+        _outputs(_nan_through),
+    ),
+    _m(
+        "nan_through_pages",
+        "unused slots are multiplied by 0 instead of skipped",
+        ("attention.page_poison",),
+        _outputs(_nan_through_pages),
+    ),
+    _m("blind_nan", "rows that see nothing give NaN", ("attention.blind_rows",), _outputs(_blind_nan)),
+    _m(
+        "blind_lse",
+        "rows that see nothing have a finite LSE",
+        ("attention.blind_rows",),
+        _outputs(_blind_lse),
+    ),
+    _m("neighbours", "sums are ordered by the place in the batch", ("attention.batch_order",), _neighbours),
+    _m(
+        "floor_of_maximum",
+        "a partition's maximum begins at -100",
+        ("attention.far_below",),
+        _floor_of_maximum,
+    ),
+    _m("no_dlse", "the gradient of the LSE is dropped", ("attention.gradients",), _outputs(_no_dlse)),
+    _m("dq_scaled", "the gradient of the query is 1 % too large", ("attention.gradients",), _leaf(0, 1.01)),
+    _m("no_dk", "the gradient of the key is zero", ("attention.gradients",), _leaf(1, 0.0)),
+    _m(
+        "dv_flipped", "the gradient of the value has the other sign", ("attention.gradients",), _leaf(2, -1.0)
+    ),
+    _m("no_dmask", "the gradient of the mask is zero", ("attention.gradients",), _leaf(3, 0.0)),
+    _m("no_dcaptured", "captured tensors get no gradient", ("attention.gradients",), _no_captured_gradient),
+)

@@ -1,0 +1,339 @@
+"""Samples cover the claims and are met by the reference; the checks of every family find what is planted in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchhal
+from torchhal import problems, selection
+from torchhal.problems import Capabilities, Plan
+from torchhal.reference.plugin import CAPABILITIES
+from torchhal.registry import registry
+from torchhal_conformance import calls, examine
+from torchhal_conformance.checks import context_parallel, foreach, gradients, numbers, services
+from torchhal_conformance.families import samples
+from torchhal_conformance.model import Check, CheckFailed, Sample
+
+WITH_SAMPLES = ("attention", "matmul", "foreach")
+DEADLINE = 300
+quiet = pytest.mark.filterwarnings("ignore")
+
+
+def sample_named(family: str, name: str) -> Sample:
+    return next(sample for sample in samples(family) if sample.name == name)
+
+
+def check_named(module: Any, name: str) -> Check:
+    return next(check for check in module.checks() if check.name == name)
+
+
+# ---------------------------------------------------------------------------- coverage
+
+
+@pytest.mark.parametrize("family", WITH_SAMPLES)
+def test_every_claim_and_every_type_has_a_sample(family: str) -> None:
+    claims = getattr(CAPABILITIES, family)
+    needs = [sample.needs for sample in samples(family)]
+    wanted = {field.name for field in dataclasses.fields(claims) if getattr(claims, field.name) is True}
+    booleans = {field.name for field in dataclasses.fields(claims) if field.type == "bool"}
+    assert wanted == booleans, "the reference claims everything"
+    assert wanted <= frozenset().union(*(need.features for need in needs))
+    assert claims.dtypes <= frozenset().union(*(need.dtypes for need in needs))
+
+
+def test_every_scheme_and_task_of_the_reference_has_a_sample() -> None:
+    found = {sample.needs.choice for check in services.checks() for sample in check.samples()}
+    assert CAPABILITIES.cache_store is not None
+    assert CAPABILITIES.deploy is not None
+    assert found == CAPABILITIES.cache_store.schemes | CAPABILITIES.deploy.tasks
+    fields = [f for kind in problems.PROBLEMS for f in dataclasses.fields(type(getattr(CAPABILITIES, kind)))]
+    assert all(f.type == "bool" or f.name in ("dtypes", "layouts", "schemes", "tasks") for f in fields)
+
+
+@quiet
+@pytest.mark.parametrize("family", ["matmul", "foreach"])
+def test_needs_are_what_the_call_asks_for_no_more_and_no_less(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample that needs too much is never asked of a backend that could serve it, and too little refuses it."""
+    asked: list[problems.Problem] = []
+    module = sys.modules[f"torchhal.{family}"]
+    build = module.build_problem
+
+    def recorded(*arguments: Any) -> problems.Problem:
+        asked.append(build(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(module, "build_problem", recorded)
+    for sample in samples(family):
+        selection.reset()
+        asked.clear()
+        inputs = calls.make(sample, "reference", 1)
+        inputs |= {name: inputs[name].detach().clone().requires_grad_() for name in sample.leaves}
+        calls.call(sample, "reference", inputs)
+        assert sample.needs.features == frozenset().union(*(p.features for p in asked)), sample.name
+        assert sample.needs.dtypes == frozenset().union(*(p.dtypes for p in asked)), sample.name
+
+
+# ---------------------------------------------------------------------------- the reference
+
+
+def accepted(check: Callable[..., Any], chosen: list[Sample]) -> None:
+    failed = {}
+    for sample in chosen:
+        try:
+            check("reference", sample, 7)
+        except Exception as error:
+            failed[sample.name] = f"{type(error).__name__}: {error}"
+    assert chosen
+    assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())
+
+
+@quiet
+@pytest.mark.parametrize("family", ["matmul", "foreach"])
+def test_the_reference_has_the_numbers(family: str) -> None:
+    accepted(numbers.run, [sample for sample in samples(family) if "integer" not in sample.tags])
+
+
+@quiet
+@pytest.mark.parametrize("family", ["matmul", "foreach"])
+def test_the_reference_has_the_gradients(family: str) -> None:
+    accepted(gradients.run, [sample for sample in samples(family) if sample.leaves])
+
+
+@quiet
+def test_the_reference_has_torchs_bits() -> None:
+    accepted(foreach.run, list(check_named(foreach, "foreach.bitwise").samples()))
+
+
+CASES = [
+    (check, sample)
+    for module in (services, context_parallel)
+    for check in module.checks()
+    for sample in check.samples()
+]
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE)
+@pytest.mark.parametrize(("check", "sample"), CASES, ids=[f"{c.name}/{s.name}" for c, s in CASES])
+def test_the_reference_passes_the_checks_of_services(check: Check, sample: Sample) -> None:
+    if sample.name == "quantizer":
+        pytest.importorskip("torchao")
+    check.run("reference", sample, 3)
+
+
+# ---------------------------------------------------------------------------- planted faults
+
+
+class Fault:
+    """The reference with ``run`` in place of one hook's plan, so that any process can load it as a plugin."""
+
+    def __init__(self, hook: str, run: Callable[..., Any]) -> None:
+        from torchhal.reference import plugin as reference
+
+        family = hook.removeprefix("torchhal_")
+        capabilities = Capabilities(**{family: getattr(CAPABILITIES, family)})
+
+        @torchhal.hookimpl
+        def torchhal_backend() -> problems.BackendInfo:
+            kinds = frozenset({"cpu"})
+            return problems.BackendInfo(
+                "faulty", "nobody", kinds, ">=1.0,<2", capabilities, {"cpu": -1}, lambda: {"status": "ready"}
+            )
+
+        def answer(problem: Any) -> Any:
+            plan = getattr(reference, hook)(problem)
+            if not isinstance(plan, Plan):
+                return plan
+            faulty = lambda *arguments: run(plan.run, problem, *arguments)  # noqa: E731
+            return dataclasses.replace(plan, run=faulty)
+
+        answer.__name__ = hook
+        self.torchhal_backend = torchhal_backend
+        setattr(self, hook, torchhal.hookimpl(answer))
+
+
+def off_by_a_little(honest: Any, problem: Any, *arguments: Any) -> Any:
+    return tuple(t * 1.01 for t in honest(*arguments))
+
+
+def off_by_a_bit(honest: Any, problem: Any, operands: Any, captured: Any, out: Any) -> Any:
+    (found,) = honest(operands, captured, None)
+    return ([torch.nextafter(t, t + 1) for t in found],)
+
+
+def without_gradient_of_the_bias(honest: Any, problem: Any, a: Any, b: Any, bias: Any, operands: Any) -> Any:
+    return honest(a, b, bias.detach() + 0 * bias, operands)
+
+
+def rows_from_zero(honest: Any, problem: Any, call: Any, *rest: Any) -> Any:
+    return honest(
+        dataclasses.replace(call, query_lengths=(0,) * call.rank + call.query_lengths[call.rank :]), *rest
+    )
+
+
+def stuck(honest: Any, problem: Any, call: Any, *rest: Any) -> Any:
+    import time
+
+    if call.rank:
+        time.sleep(1000)
+    return honest(call, *rest)
+
+
+class Careless:
+    """A store of files that are written in place, without a digest, under the key itself."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.root = Path(url.removeprefix("file://"))
+        self.root.mkdir(exist_ok=True)
+
+    def get(self, key: str) -> bytes | None:
+        path = self.root / key
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, key: str, value: bytes) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as file:
+            for at in range(0, len(value), 1000):
+                file.write(value[at : at + 1000])
+
+    def exists(self, key: str) -> bool:
+        return (self.root / key).is_file()
+
+    def list(self, prefix: str = "") -> list[str]:
+        found = (str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
+        return sorted(key.lower() for key in found if key.startswith(prefix))
+
+    def delete(self, key: str) -> bool:
+        found = self.exists(key)
+        (self.root / key).unlink(missing_ok=True)
+        return found
+
+    def stats(self) -> Any:
+        raise NotImplementedError
+
+
+def careless(honest: Any, problem: Any, url: str) -> Any:
+    return Careless(url)
+
+
+def wrong_tasks(honest: Any, problem: Any, *arguments: Any) -> Any:
+    from torch._inductor import aoti_compile_and_package
+
+    if problem.task == "package":
+        program, path = arguments
+        with torch.no_grad():
+            next(iter(program.state_dict.values())).add_(0.5)
+        return Path(aoti_compile_and_package(program, package_path=os.fspath(path)))
+    if problem.task == "quantizer":
+        return type(honest())()  # one that was not configured annotates nothing
+    return {"compile_options": {"no_such_option": True}, "profiler": []}[problem.task]
+
+
+PLUGINS = {
+    "numbers": Fault("torchhal_matmul", off_by_a_little),
+    "bits": Fault("torchhal_foreach", off_by_a_bit),
+    "bias": Fault("torchhal_matmul", without_gradient_of_the_bias),
+    "rows": Fault("torchhal_context_parallel", rows_from_zero),
+    "stuck": Fault("torchhal_context_parallel", stuck),
+    "store": Fault("torchhal_cache_store", careless),
+    "tasks": Fault("torchhal_deploy", wrong_tasks),
+}
+
+
+class _Plugins:
+    def __getattr__(self, name: str) -> Fault:
+        return PLUGINS[name]
+
+
+plugins = _Plugins()
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Loads a fault by name, here and in processes that are started from here."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    selection.reset()
+    yield lambda name: examine.load_plugin(f"{Path(__file__).stem}:plugins.{name}")
+    registry().backends.pop("faulty", None)
+    selection.reset()
+
+
+Faulty = Callable[[str], str]
+
+
+@pytest.mark.parametrize("name", ["float32-m64-n64-k64", "bfloat16-bias_own-m9-n11-k13"])
+def test_an_error_of_a_percent_is_found(faulty: Faulty, name: str) -> None:
+    with pytest.raises(CheckFailed, match="within its bound"):
+        numbers.run(faulty("numbers"), sample_named("matmul", name), 1)
+
+
+def test_an_error_of_one_bit_is_found_in_foreach_arithmetic(faulty: Faulty) -> None:
+    sample = sample_named("foreach", "chain-float32-list_list-odd")
+    numbers.run(faulty("bits"), sample, 1)
+    with pytest.raises(CheckFailed, match="the bits that torch gives tensor by tensor"):
+        foreach.run("faulty", sample, 1)
+
+
+def test_a_missing_gradient_is_found(faulty: Faulty) -> None:
+    sample = sample_named("matmul", "float32-bias_own-gradient_inputs-m33-n17-k65")
+    with pytest.raises(CheckFailed, match="bias within its bound"):
+        gradients.run(faulty("bias"), sample, 1)
+
+
+STORE_FAULTS = {
+    "cache_store.roundtrip": "every key that was put, sorted",
+    "cache_store.corruption": "CacheIntegrityError for a file",
+    "cache_store.concurrency": "the old value, the new one, or none",
+    "cache_store.crash": "the old value or the new one",
+    "cache_store.paths": "InvalidProblem, or an entry|nothing outside|refused by all methods",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORE_FAULTS)
+def test_a_careless_store_is_found_by_every_check(faulty: Faulty, name: str) -> None:
+    sample = next(s for s in check_named(services, name).samples() if s.name == "file")
+    with pytest.raises(CheckFailed, match=STORE_FAULTS[name]):
+        check_named(services, name).run(faulty("store"), sample, 1)
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE)
+@pytest.mark.parametrize("task", ["compile_options", "quantizer", "package", "profiler"])
+def test_a_task_done_wrongly_is_found(faulty: Faulty, task: str) -> None:
+    if task == "quantizer":
+        pytest.importorskip("torchao")
+    check = check_named(services, "deploy.tasks")
+    sample = next(s for s in check.samples() if s.name == task)
+    with pytest.raises((CheckFailed, RuntimeError)):
+        check.run(faulty("tasks"), sample, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE)
+def test_positions_counted_from_the_start_of_a_shard_are_found(faulty: Faulty) -> None:
+    check = check_named(context_parallel, "context_parallel.numbers")
+    with pytest.raises(CheckFailed, match="causal.* within its bound"):
+        check.run(faulty("rows"), next(iter(check.samples())), 1)
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_ends_is_ended(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_parallel, "SECONDS", 20.0)
+    check = check_named(context_parallel, "context_parallel.numbers")
+    with pytest.raises(CheckFailed, match="2 ranks to end within 20 s"):
+        check.run(faulty("stuck"), next(iter(check.samples())), 1)
