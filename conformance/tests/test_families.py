@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torchhal_conformance.checks import context_parallel, foreach, gradients, nu
 from torchhal_conformance.families import samples
 from torchhal_conformance.model import Check, CheckFailed, Sample
 
-WITH_SAMPLES = ("attention", "matmul", "foreach")
 DEADLINE = 300
 quiet = pytest.mark.filterwarnings("ignore")
 
@@ -38,7 +37,7 @@ def check_named(module: Any, name: str) -> Check:
 # ---------------------------------------------------------------------------- coverage
 
 
-@pytest.mark.parametrize("family", WITH_SAMPLES)
+@pytest.mark.parametrize("family", ["attention", "matmul", "foreach"])
 def test_every_claim_and_every_type_has_a_sample(family: str) -> None:
     claims = getattr(CAPABILITIES, family)
     needs = [sample.needs for sample in samples(family)]
@@ -65,7 +64,7 @@ def test_needs_are_what_the_call_asks_for_no_more_and_no_less(
 ) -> None:
     """A sample that needs too much is never asked of a backend that could serve it, and too little refuses it."""
     asked: list[problems.Problem] = []
-    module = sys.modules[f"torchhal.{family}"]
+    module = import_module(f"torchhal.{family}")
     build = module.build_problem
 
     def recorded(*arguments: Any) -> problems.Problem:
@@ -191,34 +190,36 @@ def stuck(honest: Any, problem: Any, call: Any, *rest: Any) -> Any:
 
 
 class Careless:
-    """A store of files that are written in place, without a digest, under the key itself."""
+    """A store of files that are written in place, without a digest, and listed in small letters."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.root = Path(url.removeprefix("file://"))
         self.root.mkdir(exist_ok=True)
 
+    def _path(self, key: str) -> Path:
+        return self.root / (key if ".." in key else key.replace("/", "="))
+
     def get(self, key: str) -> bytes | None:
-        path = self.root / key
+        path = self._path(key)
         return path.read_bytes() if path.is_file() else None
 
     def put(self, key: str, value: bytes) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
         with path.open("wb", buffering=0) as file:
             for at in range(0, len(value), 1000):
                 file.write(value[at : at + 1000])
 
     def exists(self, key: str) -> bool:
-        return (self.root / key).is_file()
+        return (self._path(key)).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
-        found = (str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
-        return sorted(key.lower() for key in found if key.startswith(prefix))
+        found = (path.name.replace("=", "/").lower() for path in self.root.iterdir())
+        return sorted(key for key in found if key.startswith(prefix))
 
     def delete(self, key: str) -> bool:
         found = self.exists(key)
-        (self.root / key).unlink(missing_ok=True)
+        (self._path(key)).unlink(missing_ok=True)
         return found
 
     def stats(self) -> Any:
@@ -274,7 +275,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
 Faulty = Callable[[str], str]
 
 
-@pytest.mark.parametrize("name", ["float32-m64-n64-k64", "bfloat16-bias_own-m9-n11-k13"])
+@pytest.mark.parametrize("name", ["float32-m64-n64-k64", "float16-bias_own-m9-n11-k13"])
 def test_an_error_of_a_percent_is_found(faulty: Faulty, name: str) -> None:
     with pytest.raises(CheckFailed, match="within its bound"):
         numbers.run(faulty("numbers"), sample_named("matmul", name), 1)

@@ -11,7 +11,7 @@ from typing import Final
 
 from torchhal.problems import Capabilities
 from torchhal_conformance.checks import all_checks
-from torchhal_conformance.model import Case, in_profile
+from torchhal_conformance.model import PROFILES, Case, in_profile
 
 EDITION: Final = "2026.11"
 """The frozen profiles that reports are judged by."""
@@ -62,16 +62,22 @@ def frozen(profile: str, edition: str = EDITION) -> frozenset[str]:
     """
     text = resources.files("torchhal_conformance").joinpath(f"profiles/{edition}.json").read_text("utf-8")
     document = json.loads(text)
-    ids = frozenset(document["profiles"][profile])
+    parts = ("inference", "training") if profile == "training" else (profile,)
+    ids = frozenset(
+        f"{check}/{name}"
+        for part in parts
+        for check, names in document["cases"][part].items()
+        for name in names
+    )
     if digest(ids) != document["digests"][profile]:
         raise ValueError(f"profile {profile} of {edition} is not what was frozen: its digest differs")
     return ids
 
 
 def freeze(seed: int = 0) -> dict[str, object]:
-    """The document of an edition as of now."""
-    profiles = {
-        name: sorted(c.id for c in cases(seed) if in_profile(c, name))
-        for name in ("inference", "training", "distributed")
-    }
-    return {"profiles": profiles, "digests": {name: digest(ids) for name, ids in profiles.items()}}
+    """The document of an edition as of now: the names of each check's samples, those of training apart."""
+    listed: dict[str, dict[str, list[str]]] = {profile: {} for profile in PROFILES}
+    for case in cases(seed):
+        listed[case.profile].setdefault(case.check.name, []).append(case.sample.name)
+    digests = {name: digest(c.id for c in cases(seed) if in_profile(c, name)) for name in PROFILES}
+    return {"digests": digests, "cases": listed}

@@ -23,10 +23,13 @@ def load_plugin(specification: str) -> str:
         ValueError: it does not load as a plugin; says why.
     """
     module, _, attribute = specification.partition(":")
-    plugin: Any = importlib.import_module(module)
-    for part in attribute.split(".") if attribute else ():
-        plugin = getattr(plugin, part)
-    name = plugin.torchhal_backend().name
+    try:
+        plugin: Any = importlib.import_module(module)
+        for part in attribute.split(".") if attribute else ():
+            plugin = getattr(plugin, part)
+        name = plugin.torchhal_backend().name
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"plugin {specification} does not load: {type(error).__name__}: {error}") from error
     outcome = verify(name, f"plugin {specification}", plugin)
     if not isinstance(outcome, Backend):
         raise ValueError(f"{specification} is no plugin: {outcome}")
@@ -50,7 +53,7 @@ def examine(case: Case, backend: str) -> Result:
     except BaseException as error:  # a backend may raise anything, SystemExit included
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" (at {last[0].name}, line {last[0].lineno})" if last else ""
-        found |= {"status": "fail", "error": _error(type(error).__name__, f"{error}{where}")}
+        found |= {"status": "fail", "error": _error(type(error).__name__, f"{_said(error)}{where}")}
         found |= {"expected": "no exception", "got": type(error).__name__}
     return {**found, "seconds": time.perf_counter() - begin}
 
@@ -64,6 +67,14 @@ def _outcome(case: Case, backend: str) -> Result:
     if not calls.is_refused(case.sample, backend, inputs):
         raise CheckFailed(f"Unsupported, since {', '.join(missing)} is not claimed", "a result")
     return {"status": "unsupported-verified"}
+
+
+def _said(error: BaseException) -> str:
+    """The message of an error, of which even that may fail."""
+    try:
+        return str(error)
+    except Exception:
+        return "an error without a message"
 
 
 def _error(kind: str, message: str) -> dict[str, str]:

@@ -19,6 +19,18 @@ def names(count: int, seed: int) -> list[str]:
     return [f"explore.attention/{number}" for number in range(count)]
 
 
+def case_named(name: str, seed: int) -> Case:
+    """The random case with the id that a report gives it.
+
+    Raises:
+        KeyError: another seed made it.
+    """
+    found = random_case(f"explore.attention/{name.partition('/')[2].partition('-')[0]}", seed)
+    if found.id != name:
+        raise KeyError(f"there is no random case {name!r} of seed {seed}; give the --seed of the report")
+    return found
+
+
 def random_case(name: str, seed: int) -> Case:
     """The random case of a name."""
     call = _random_call(random.Random(f"{seed}/{name}"))

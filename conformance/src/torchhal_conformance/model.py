@@ -129,7 +129,8 @@ class Case:
     @property
     def id(self) -> str:
         """Name of the case in reports, waivers and on the command line."""
-        return f"{self.check.name}/{self.sample.name}"
+        prefix = "" if self.kind == "corpus" else f"{self.kind}."
+        return f"{prefix}{self.check.name}/{self.sample.name}"
 
     @property
     def profile(self) -> str:

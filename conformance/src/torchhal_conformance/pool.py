@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -9,15 +10,20 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from multiprocessing.connection import Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Final
 
-from torchhal_conformance.worker import ADDRESS
+from torchhal_conformance.worker import ADDRESS, READY
 
 START_SECONDS: Final = 120.0
 TAIL: Final = 2000
 """Characters kept of what a worker prints."""
+LONGEST: Final = 1 << 20
+"""Bytes of an answer."""
 STATUSES: Final = ("pass", "fail", "unsupported-verified", "untestable", "error")
+FIELDS: Final = frozenset(("case", "status", "ratio", "error", "expected", "got", "note", "seconds"))
+"""Of a result as a worker gives it."""
 
 
 class StartFailed(Exception):
@@ -34,29 +40,43 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Any = None
         self._reader = threading.Thread()
-        self._printed: deque[bytes] = deque(maxlen=TAIL)
+        self._printed: deque[int] = deque(maxlen=TAIL)
+        self._closed = False
 
     def run(self, case: str) -> dict[str, Any]:
         """The result of one case, whatever becomes of the process."""
-        if self._process is None:
-            self._start()
+        self.start()
+        connection = self._connection
         try:
-            self._connection.send(case)
-            if not self._connection.poll(self.timeout):
+            connection.send_bytes(case.encode())
+            if not connection.poll(self.timeout):
                 self.stop()
                 return _ended(case, "timeout", "Timeout", f"no result within {self.timeout:g} s")
-            return self._checked(case, self._connection.recv())
+            return self._checked(case, connection.recv_bytes(LONGEST))
         except (EOFError, OSError):
             return _ended(case, "fail", "Crash", self._obituary())
 
-    def _checked(self, case: str, result: Any) -> dict[str, Any]:
-        fits = isinstance(result, dict) and result.get("case") == case and result.get("status") in STATUSES
-        if not fits:  # something else writes into the connection
-            self.stop()
-            return _ended(case, "fail", "Garbled", f"an answer that is no result: {str(result)[:200]}")
+    def _checked(self, case: str, answer: bytes) -> dict[str, Any]:
+        """The answer if it is a result of the case; JSON and not a pickle, since a backend could have sent it."""
+        try:
+            result = json.loads(answer)
+        except ValueError:
+            result = None
+        if not _is_result(result, case):
+            self.stop()  # what comes next would be off by one
+            return _ended(case, "fail", "Garbled", f"an answer that is no result: {answer[:200]!r}")
         return result  # type: ignore[no-any-return]
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process unless it is there.
+
+        Raises:
+            StartFailed: it does not come up, or :meth:`close` was called.
+        """
+        if self._closed:
+            raise StartFailed("the run was ended")
+        if self._process is not None:
+            return
         key = secrets.token_bytes(16)
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             host, port = listener.address
@@ -70,63 +90,68 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-            self._reader = threading.Thread(target=self._drain, args=(self._process,), daemon=True)
+            self._printed = deque(maxlen=TAIL)
+            self._reader = threading.Thread(target=_drain, args=(self._process, self._printed), daemon=True)
             self._reader.start()
-            self._connection = self._accept(listener)
+            self._connection = self._accept(listener, key)
 
-    def _accept(self, listener: Listener) -> Connection:
-        """The worker's connection; closing the listener from a timer is the one way to bound accept()."""
-        assert self._process is not None
+    def _accept(self, listener: Listener, key: bytes) -> Connection:
+        """The worker's connection; accept() knows no timeout, so a thread waits in it and is called up in the end."""
         process, found = self._process, []
 
         def wait() -> None:
             try:
                 found.append(listener.accept())
-            except (OSError, EOFError):
+            except (OSError, EOFError, AuthenticationError):
                 return
 
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
         for _ in range(int(START_SECONDS * 10)):
             waiting.join(0.1)
-            if not waiting.is_alive() or process.poll() is not None:
+            if not waiting.is_alive() or process is None or process.poll() is not None:
                 break
         connection = found[0] if found else None
+        if waiting.is_alive():
+            Client(listener.address, authkey=key).close()
         try:
-            if connection is None or not connection.poll(START_SECONDS) or "ready" not in connection.recv():
+            if connection is None:
+                raise EOFError
+            if not connection.poll(START_SECONDS):
+                self.stop()
+                raise StartFailed(f"a worker was not ready within {START_SECONDS:g} s")
+            if connection.recv_bytes(LONGEST) != READY:
                 raise EOFError
         except (EOFError, OSError):
             text = self._obituary()
             raise StartFailed(f"a worker did not start: {text}") from None
         return connection  # type: ignore[no-any-return]
 
-    def _drain(self, process: subprocess.Popen[bytes]) -> None:
-        """Read whatever is printed, keep the end: a million lines must neither block the worker nor fill anything."""
-        assert process.stdout is not None
-        while chunk := process.stdout.read1(65536):  # type: ignore[attr-defined]
-            self._printed.extend(bytes([byte]) for byte in chunk[-TAIL:])
-
     def _obituary(self) -> str:
         """How the process ended and what it said last; it is gone afterwards."""
         process = self._process
-        assert process is not None
+        if process is None:
+            return "the run was ended"
         try:
             code = process.wait(5)
         except subprocess.TimeoutExpired:
             self.stop()
             return "the process closed its connection and went on"
         self._reader.join(2)
-        said = b"".join(self._printed).decode(errors="replace").split()
+        said = bytes(self._printed).decode(errors="replace").split()
         self.stop()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"exit code {code}" if code >= 0 else f"signal {_signal_name(-code)}"
         return f"the process ended with {how}" + (f"; it said last: {' '.join(said)[-300:]}" if said else "")
+
+    def close(self) -> None:
+        """End the process for good: another thread that waits for it starts no new one."""
+        self._closed = True
+        self.stop()
 
     def stop(self) -> None:
         """End the process and all that it started."""
         process, self._process = self._process, None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        connection, self._connection = self._connection, None
         if process is None:
             return
         try:
@@ -134,10 +159,41 @@ class Worker:
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # nobody is left, or on macOS the dead alone
             pass
         process.wait()
-        self._printed.clear()
+        if connection is not None:
+            connection.close()
+
+
+def _drain(process: subprocess.Popen[bytes], kept: deque[int]) -> None:
+    """Read whatever is printed, keep the end: a million lines must neither block the worker nor fill anything."""
+    assert process.stdout is not None
+    with process.stdout as stream:
+        while chunk := stream.read1(65536):  # type: ignore[attr-defined]
+            kept.extend(chunk[-TAIL:])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return str(number)
+
+
+def _is_result(found: Any, case: str) -> bool:
+    """Whether an answer has the fields of a result of the case, each of its kind."""
+    if not isinstance(found, dict) or set(found) != FIELDS or found["case"] != case:
+        return False
+    error = found["error"]
+    numbers = [found[name] for name in ("ratio", "seconds") if found[name] is not None]
+    return (
+        found["status"] in STATUSES
+        and (error is None or (isinstance(error, dict) and set(error) == {"class", "message"}))
+        and all(isinstance(text, str) for text in (error or {}).values())
+        and all(found[name] is None or isinstance(found[name], str) for name in ("expected", "got", "note"))
+        and all(type(number) in (int, float) and not number < 0 for number in numbers)
+    )
 
 
 def _ended(case: str, status: str, kind: str, message: str) -> dict[str, Any]:

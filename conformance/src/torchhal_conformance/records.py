@@ -52,14 +52,23 @@ def digest(header: Record, results: Iterable[Record]) -> str:
 TIMES: Final = ("seconds", "started", "shard")
 
 
-def read(path: Path) -> Report:
+def read(path: Path, interrupted: bool = False) -> Report:
     """The report in a file.
+
+    Args:
+        interrupted: leave out a last line that was not written to its end.
 
     Raises:
         ReportError: a line is no record, or the records are not a header, results and at most one footer.
     """
     report: Report | None = None
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{path} is no text: {error}") from error
+    if interrupted and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, text in enumerate(lines, 1):
         try:
             record = json.loads(text)
             kind = record["record"]
@@ -81,9 +90,11 @@ def read(path: Path) -> Report:
 
 
 def write(path: Path, report: Report) -> None:
-    """The report as a file."""
+    """The report as a file, which is the old one until the new one is complete."""
     records = [report.header, *report.results, *([report.footer] if report.footer else [])]
-    path.write_text("".join(map(line, records)), encoding="utf-8")
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text("".join(map(line, records)), encoding="utf-8")
+    beside.replace(path)
 
 
 # ---------------------------------------------------------------------------- verdicts
@@ -115,10 +126,10 @@ def _verdict(counts: Counter[str], required: int, passed: int, waived: int, whol
         return "NO VERDICT: nothing of this profile is claimed"
     if any(counts[status] for status in BAD):
         return "NOT CONFORMANT"
-    if not whole or passed + waived < required:
-        return "NO VERDICT: a part of a run proves nothing"
     if counts["error"]:
         return "NO VERDICT: the suite itself failed"
+    if not whole or passed + waived < required:
+        return "NO VERDICT: a part of a run proves nothing"
     return "CONFORMANT" if not waived else "CONFORMANT WITH WAIVERS"
 
 
@@ -146,14 +157,15 @@ def form_faults(report: Report) -> list[str]:
     """What contradicts the published schema, and cases that occur twice."""
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(schema())
+    kinds = {kind["properties"]["record"]["const"]: kind for kind in schema()["oneOf"]}
+    validators = {name: jsonschema.Draft202012Validator(kind) for name, kind in kinds.items()}
     everything = [report.header, *report.results, *([report.footer] if report.footer else [])]
     found = [
         f"record {number}: {error.message}"
         for number, record in enumerate(everything, 1)
-        for error in validator.iter_errors(record)
+        for error in validators[record["record"]].iter_errors(record)
     ]
-    twice = [case for case, count in Counter(r["case"] for r in report.results).items() if count > 1]
+    twice = [case for case, count in Counter(r.get("case") for r in report.results).items() if count > 1]
     return found + [f"{case} has more than one result" for case in twice]
 
 

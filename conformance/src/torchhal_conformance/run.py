@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
-import threading
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from torchhal.hookspecs import FAMILIES
 from torchhal.problems import SPEC_VERSION, Capabilities
 from torchhal.registry import Backend, registry
 from torchhal_conformance import calls, corpus, examine, explore, records, waivers
@@ -60,19 +62,22 @@ def run(
         BackendNotFound, BackendLoadError: there is no such backend.
         ReportError: ``resume`` with a report of something else.
     """
-    backend = loaded(options)
-    header = make_header(options, backend)
-    wanted = selected(options, backend.info.capabilities)
-    report = _begin(path, header, resume)
-    done = {result["case"] for result in report.results}
-    pending = [case for case in enumerate(wanted) if case[1].id not in done]
+    with Workers(options) as workers:
+        workers.first.start()  # what ends a process when it is imported does it there
+        backend = loaded(options)
+        header = make_header(options, backend)
+        wanted = selected(options, backend.info.capabilities)
+        report = _begin(path, header, resume)
+        done = {result["case"] for result in report.results}
+        pending = [placed for placed in wanted if placed[1].id not in done]
+        with path.open("a", encoding="utf-8") as file:
+            for result in _results(options, pending, workers):
+                report.results.append(result)
+                file.write(records.line(result))
+                file.flush()
+                if progress is not None:
+                    progress(len(report.results), len(wanted), result)
     with path.open("a", encoding="utf-8") as file:
-        for result in _results(options, pending):
-            report.results.append(result)
-            file.write(records.line(result))
-            file.flush()
-            if progress is not None:
-                progress(len(report.results), len(wanted), result)
         report.footer = records.footer(
             header, report.results, required(options.profile, backend), options.whole
         )
@@ -86,22 +91,34 @@ def loaded(options: Options) -> Backend:
     return registry().get(name)
 
 
-def selected(options: Options, capabilities: Capabilities) -> list[Case]:
-    """The cases of a run, in order."""
+Placed = tuple[int, Case]
+"""A case and its place in the whole of which a shard is a part."""
+
+
+def selected(options: Options, capabilities: Capabilities) -> list[Placed]:
+    """The cases of a run, in order.
+
+    Raises:
+        KeyError: there is no such case.
+        ValueError: there is no such family.
+    """
     if options.case is not None:
-        return [corpus.case_named(options.case, options.seed)]
+        named = explore.case_named if options.case.startswith("explore.") else corpus.case_named
+        return [(0, named(options.case, options.seed))]
+    if options.family not in (None, *FAMILIES):
+        raise ValueError(f"there is no family {options.family!r}; there are {', '.join(FAMILIES)}")
     found = [
         case
         for case in corpus.cases(options.seed)
         if in_profile(case, options.profile)
         and corpus.applies(case, capabilities)
         and options.family in (None, case.sample.needs.family)
-        and _in_shard(case, options.shard)
     ]
     found += [
         explore.random_case(name, options.seed) for name in explore.names(options.explore, options.seed)
     ]
-    return found if options.time_budget is None else _spread(found)
+    placed = [pair for pair in enumerate(found) if _in_shard(pair[1], options.shard)]
+    return placed if options.time_budget is None else _spread(placed)
 
 
 def _in_shard(case: Case, shard: tuple[int, int]) -> bool:
@@ -109,11 +126,11 @@ def _in_shard(case: Case, shard: tuple[int, int]) -> bool:
     return int(hashlib.sha256(case.id.encode()).hexdigest(), 16) % count == number - 1
 
 
-def _spread(cases: Sequence[Case]) -> list[Case]:
+def _spread(cases: Sequence[Placed]) -> list[Placed]:
     """One of each check, then the next of each: where time ends, everything has been looked at a little."""
-    queues: dict[str, list[Case]] = {}
-    for case in cases:
-        queues.setdefault(case.check.name, []).append(case)
+    queues: dict[str, list[Placed]] = {}
+    for order, case in cases:
+        queues.setdefault(case.check.name, []).append((order, case))
     rounds = max(map(len, queues.values()), default=0)
     return [queue[i] for i in range(rounds) for queue in queues.values() if i < len(queue)]
 
@@ -130,46 +147,65 @@ def required(profile: str, backend: Backend) -> frozenset[str]:
 # ---------------------------------------------------------------------------- results
 
 
-def _results(options: Options, pending: list[tuple[int, Case]]) -> Iterator[dict[str, Any]]:
-    """Results in the order of the cases, whichever worker had them."""
-    local = threading.local()
-    workers: list[Worker] = []
-    end = None if options.time_budget is None else time.monotonic() + options.time_budget
-    threads = max(1, (torch.get_num_threads() or 1) // options.jobs)
+class Workers:
+    """The workers of a run, one for each job, ended with it."""
 
-    def one(order: int, case: Case) -> dict[str, Any]:
-        if end is not None and time.monotonic() > end:
-            return _record(
-                order,
-                case,
-                {"status": "not-run", "error": {"class": "Budget", "message": "out of time"}},
-                options,
-            )
-        if not hasattr(local, "worker"):
-            local.worker = Worker(options.backend, options.plugin, options.seed, options.timeout, threads)
-            workers.append(local.worker)
-        name = case.id if case.kind == "corpus" else f"explore.attention/{case.sample.name.split('-')[0]}"
-        return _record(order, case, local.worker.run(name), options)
+    def __init__(self, options: Options) -> None:
+        threads = max(1, (torch.get_num_threads() or 1) // options.jobs)
+        self.all = [
+            Worker(options.backend, options.plugin, options.seed, options.timeout, threads)
+            for _ in range(options.jobs)
+        ]
+        self.first = self.all[0]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.all:
+            self._idle.put(worker)
+
+    def run(self, case: str) -> dict[str, Any]:
+        """The result of a case, by whichever worker has nothing to do."""
+        worker = self._idle.get()
+        try:
+            return worker.run(case)
+        finally:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self.all:
+            worker.close()
+
+
+def _results(options: Options, pending: list[Placed], workers: Workers) -> Iterator[dict[str, Any]]:
+    """Results in the order of the cases, whichever worker had them."""
+    end = None if options.time_budget is None else time.monotonic() + options.time_budget
+    late = {"status": "not-run", "error": {"class": "Budget", "message": "out of time"}}
+
+    def one(placed: Placed) -> dict[str, Any]:
+        order, case = placed
+        outcome = late if end is not None and time.monotonic() > end else workers.run(case.id)
+        return _record(order, case, outcome, options)
 
     with ThreadPoolExecutor(options.jobs) as executor:
         try:
-            yield from executor.map(lambda pair: one(*pair), pending)
-        finally:
-            for worker in workers:
-                worker.stop()
+            yield from executor.map(one, pending)
+        except BaseException:
+            workers.__exit__()  # what the other threads wait for ends now
+            raise
 
 
 def _record(order: int, case: Case, outcome: dict[str, Any], options: Options) -> dict[str, Any]:
     needs = case.sample.needs
     empty = dict.fromkeys(("ratio", "error", "expected", "got", "note", "waiver", "seconds"))
     described = {
-        "record": "result", "order": order, "case": case.id if case.kind == "corpus" else f"explore.{case.id}",
+        "record": "result", "order": order, "case": case.id,
         "check": case.check.name, "family": needs.family, "features": sorted(needs.features),
         "dtypes": sorted(str(t).removeprefix("torch.") for t in needs.dtypes), "choice": needs.choice,
         "kind": case.kind, "profile": case.profile,
     }  # fmt: skip
     record = {**empty, **outcome, **described}
-    if isinstance(record["ratio"], float) and record["ratio"] in (float("inf"), float("nan")):
+    if record["ratio"] is not None and not math.isfinite(record["ratio"]):
         record["ratio"] = None
     return waivers.apply([record], options.waivers)[0]
 
@@ -236,13 +272,14 @@ def _processor() -> str:
 
 def _begin(path: Path, header: dict[str, Any], resume: bool) -> records.Report:
     if resume and path.exists():
-        report = records.read(path)
-        for key in sorted(set(header) - set(records.TIMES)):
+        report = records.read(path, interrupted=True)
+        for key in sorted(set(header) - {"started"}):
             if report.header.get(key) != header[key]:
                 raise records.ReportError(
                     f"{path} is of another run: {key} differs; leave out --resume to begin anew"
                 )
         report.footer = None
+        report.results = [result for result in report.results if result["status"] != "not-run"]
         records.write(path, report)
         return report
     report = records.Report(header)
@@ -255,13 +292,12 @@ def _begin(path: Path, header: dict[str, Any], resume: bool) -> records.Report:
 
 def _capabilities(header: dict[str, Any]) -> Capabilities:
     """The claims of a header, as far as they decide which cases apply."""
-    from torchhal._text import dtype_from_name
     from torchhal.problems import PROBLEMS
 
     def value(name: str, found: Any) -> Any:
         if not isinstance(found, list):
             return found
-        return frozenset(dtype_from_name(item) for item in found) if name == "dtypes" else frozenset(found)
+        return frozenset(getattr(torch, item) for item in found) if name == "dtypes" else frozenset(found)
 
     kinds = {f.name: f.type for f in fields(Capabilities)}
     assert set(kinds) == set(PROBLEMS)
@@ -304,17 +340,19 @@ def faults(path: Path) -> list[str]:
     if footer is None:
         return ["there is no footer: the run did not come to its end"]
     found = records.form_faults(report)
+    if found:
+        return found
     if header["corpus"] != corpus.digest(case.id for case in corpus.cases()):
-        return [
-            *found,
-            f"the corpus is another one: this suite can not judge it (made with {header['suite']})",
-        ]
-    missing = sorted(expected_by_header(header) - {r["case"] for r in report.results})
+        return [f"the corpus is another one: this suite can not judge it (made with {header['suite']})"]
+    try:
+        expected, required_ids = expected_by_header(header), required_by_header(header)
+    except (AttributeError, TypeError, OSError, ValueError) as error:
+        return [f"the header does not describe what this suite knows: {error}"]
+    missing = sorted(expected - {r["case"] for r in report.results})
     if missing and header["whole"] and header["shard"] == "1/1":
         found.append(f"{len(missing)} cases are missing, {missing[0]} first")
-    again = records.footer(
-        header, report.results, required_by_header(header), header["whole"] and header["shard"] == "1/1"
-    )
+    whole = header["whole"] and header["shard"] == "1/1"
+    again = records.footer(header, report.results, required_ids, whole)
     found += [
         f"the footer's {key} is {footer.get(key)!r} and should be {again[key]!r}"
         for key in again

@@ -6,6 +6,7 @@ whatever the backend prints.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from multiprocessing.connection import Client
@@ -13,6 +14,7 @@ from typing import Any
 
 ADDRESS = "TORCHHAL_CONFORMANCE_WORKER"
 """Environment variable with the address and the key of the connection; nobody is to set it by hand."""
+READY = b"ready"
 
 
 def main() -> None:
@@ -25,21 +27,23 @@ def main() -> None:
 def _serve(connection: Any, backend: str, plugin: str, seed: str) -> None:
     import torch
 
-    from torchhal_conformance import examine
-    from torchhal_conformance.corpus import case_named
-    from torchhal_conformance.explore import random_case
+    from torchhal.registry import registry
+    from torchhal_conformance import corpus, examine, explore
 
     torch.manual_seed(0)
     if plugin:
         backend = examine.load_plugin(plugin)
-    connection.send({"ready": backend})
+    registry()  # which imports what is installed
+    corpus.cases(int(seed))  # seconds that are no case's
+    connection.send_bytes(READY)
     while True:
         try:
-            name = connection.recv()
+            name = connection.recv_bytes().decode()
         except EOFError:
             return
-        case = random_case(name, int(seed)) if name.startswith("explore.") else case_named(name, int(seed))
-        connection.send({"case": name, **examine.examine(case, backend)})
+        case_named = explore.case_named if name.startswith("explore.") else corpus.case_named
+        result = {"case": name, **examine.examine(case_named(name, int(seed)), backend)}
+        connection.send_bytes(json.dumps(result).encode())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Final
 
 from torchhal_conformance.model import Check
 
-FILES: Final = ("numbers", "exactness", "gradients", "promises", "compiled", "memory")
+FILES: Final = (
+    "numbers", "foreach", "exactness", "gradients", "promises", "compiled", "memory", "services", "context_parallel",
+)  # fmt: skip
 """Files of checks over samples, in the order in which their cases run; :mod:`.contract` is what ``smoke`` runs."""
 
 

@@ -124,7 +124,7 @@ def _shard_results(
     keys = variant.key_lengths(lengths)
     tensors = whole(variant, lengths, seed)
     shards = [
-        torch.split(t, split, 2)[rank].clone()
+        torch.split(t, list(split), 2)[rank].clone()
         for t, split in zip(tensors, (lengths, keys, keys, lengths, lengths))
     ]
     leaves = [t.requires_grad_() for t in shards[:3]]
@@ -188,7 +188,7 @@ def _judge(variant: Variant, lengths: tuple[int, ...], seed: int, ranks: list[li
     keys = variant.key_lengths(lengths)
     names = ["output", "LSE", "gradient of query", "gradient of key", "gradient of value"]
     for number, split in enumerate((lengths, lengths, lengths, keys, keys)):
-        for rank, (results, expected) in enumerate(zip(ranks, torch.split(exact[number], split, 2))):
+        for rank, (results, expected) in enumerate(zip(ranks, torch.split(exact[number], list(split), 2))):
             if results[number].shape != expected.shape:
                 where = f"the {names[number]} of rank {rank} ({variant.name})"
                 raise CheckFailed(f"{where} of shape {tuple(expected.shape)}", tuple(results[number].shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 import torchhal
-from torchhal_conformance import oracle
+from torchhal_conformance import oracle, philox
 from torchhal_conformance.families.mods import MASK_MODS, SCORE_MODS, Mod
 from torchhal_conformance.model import Inputs, Needs, Outputs, Sample
 
@@ -123,6 +123,8 @@ def _make(call: Call, generator: torch.Generator, device: torch.device) -> Input
         if mod.captured is not None:
             captured = mod.captured(generator, call.batch, call.heads, call.rows, call.keys)
             made[f"{name}_tensor"] = _captured(captured, call.dtype).to(device)
+    if call.dropout:
+        made["random"] = int(torch.randint(2**31, (), generator=generator))
     made |= _layout_tensors(call, generator, device)
     return made
 
@@ -189,6 +191,7 @@ def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
     }
     if call.dropout:
         options["dropout_p"] = call.dropout
+        torch.manual_seed(inputs["random"])
     if call.layout == "dense":
         options["attn_mask"] = inputs.get("mask")
         options["block_mask"] = _block_mask(call, functions.get("mask_mod"), inputs)
@@ -221,7 +224,7 @@ def _block_mask(call: Call, mask_mod: Any, inputs: Inputs) -> Any:
 
 
 def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype, scale_first: bool = False) -> Outputs:
-    functions = {
+    functions: dict[str, Any] = {
         name: mod.over(_wide(inputs.get(f"{name}_tensor"), dtype)) for name, mod in _mods(call).items()
     }
     parts = _sequences(call, inputs)
@@ -231,7 +234,7 @@ def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype, scale_first: bool 
         out, lse = oracle.attention(
             query, part["key"], part["value"], dtype=dtype, scale=1.0 if scale_first else call.factor,
             is_causal=call.causal, mask=inputs.get("mask"), first_query=part["first"], batch=part["batch"],
-            **functions,
+            keep=_keep(call, inputs, part), dropout_p=call.dropout, **functions,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
@@ -241,6 +244,17 @@ def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype, scale_first: bool 
     else:
         out, lse = torch.cat(outs), torch.cat(lses)
     return (out, lse) if call.lse else (out,)
+
+
+def _keep(call: Call, inputs: Inputs, part: dict[str, Any]) -> Tensor | None:
+    """What dropout leaves, by the seed that a call draws from torch's generator."""
+    if not call.dropout:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(inputs["random"])
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    shape = (part["query"].shape[0], call.heads, part["query"].shape[2], part["key"].shape[2])
+    return philox.kept(seed, shape, call.dropout, part["first"], part["batch"] or 0)
 
 
 def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -289,121 +303,6 @@ def _plain(call: Call, inputs: Inputs) -> Outputs:
     return tuple(worst)
 
 
-# ---------------------------------------------------------------------------- which calls
-
-
-SHAPES: Final[tuple[dict[str, int], ...]] = (
-    {"rows": 1, "keys": 1},
-    {"batch": 1, "heads": 1, "kv_heads": 1, "rows": 1, "keys": 1, "size": 1, "value_size": 1},
-    {"rows": 0},
-    {"keys": 0},
-    {"batch": 0},
-    {"rows": 1, "keys": 257},
-    {"rows": 1, "keys": 1031, "heads": 2, "kv_heads": 2},
-    {"rows": 15, "keys": 17},
-    {"rows": 16, "keys": 16},
-    {"rows": 17, "keys": 15},
-    {"rows": 63, "keys": 65, "heads": 2, "kv_heads": 2},
-    {"rows": 64, "keys": 64, "size": 64, "value_size": 64, "heads": 2, "kv_heads": 2},
-    {"rows": 65, "keys": 63, "size": 80, "value_size": 80, "heads": 2, "kv_heads": 2},
-    {"rows": 127, "keys": 129, "heads": 2, "kv_heads": 2},
-    {"rows": 131, "keys": 257, "size": 72, "value_size": 72, "batch": 1, "heads": 3, "kv_heads": 3},
-    {"rows": 33, "keys": 29, "size": 3, "value_size": 3},
-    {"rows": 7, "keys": 31, "size": 128, "value_size": 128},
-    {"rows": 5, "keys": 37, "size": 192, "value_size": 128},
-    {"rows": 2, "keys": 19, "size": 256, "value_size": 256, "batch": 1},
-    {"rows": 9, "keys": 11, "size": 17, "value_size": 5},
-    {"rows": 11, "keys": 23, "size": 8, "value_size": 40},
-    {"rows": 3, "keys": 700, "batch": 1, "heads": 2, "kv_heads": 2, "size": 32, "value_size": 32},
-)
-GROUPS: Final = ((3, 1), (6, 2), (5, 1), (7, 1), (14, 2), (8, 1))
-"""Query and key heads: groups of 3, 3, 5, 7, 7 and 8."""
-
-FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    {"causal": True},
-    {"causal": True, "rows": 13, "keys": 9},
-    {"causal": True, "rows": 40, "keys": 70},
-    {"lse": True},
-    {"lse": True, "causal": True, "rows": 17, "keys": 5},
-    {"scale": 0.0},
-    {"scale": -0.5},
-    {"scale": 3.0, "lse": True},
-    {"scale": 30.0, "lse": True},
-    {"mask": "boolean"},
-    {"mask": "boolean:k"},
-    {"mask": "boolean:lk"},
-    {"mask": "boolean:b11k", "lse": True},
-    {"mask": "boolean:1hl1"},
-    {"mask": "additive"},
-    {"mask": "additive:lk", "lse": True},
-    {"mask": "additive:1h1k"},
-    {"score_mod": "soft_cap"},
-    {"score_mod": "distance", "lse": True, "causal": True},
-    {"score_mod": "alibi", "causal": True, "rows": 33, "keys": 33},
-    {"score_mod": "relative"},
-    {"score_mod": "per_batch"},
-    {"mask_mod": "window", "rows": 40, "keys": 40, "lse": True},
-    {"mask_mod": "prefix", "rows": 21, "keys": 34},
-    {"mask_mod": "document", "rows": 50, "keys": 50, "block": 16},
-    {"mask_mod": "nothing", "lse": True},
-    {"mask_mod": "window", "score_mod": "soft_cap", "rows": 30, "keys": 30},
-)
-LAYOUT_FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    {},
-    {"causal": True},
-    {"lse": True, "causal": True},
-    {"heads": 6, "kv_heads": 2},
-    {"value_size": 5},
-    {"score_mod": "soft_cap"},
-    {"score_mod": "alibi"},
-    {"mask_mod": "window"},
-    {"rows": 1, "keys": 33, "heads": 8, "kv_heads": 1},
-)
-PAGES: Final = (1, 3, 4, 16)
-GRADIENTS: Final[tuple[dict[str, Any], ...]] = (
-    {"gradient": "inputs"},
-    {"gradient": "inputs", "lse": True},
-    {"gradient": "inputs", "causal": True, "rows": 17, "keys": 5, "lse": True},
-    {"gradient": "inputs", "heads": 6, "kv_heads": 2},
-    {"gradient": "inputs", "value_size": 5},
-    {"gradient": "inputs", "rows": 65, "keys": 70, "causal": True},
-    {"gradient": "inputs", "mask": "boolean"},
-    {"gradient": "mask", "mask": "additive"},
-    {"gradient": "mask", "mask": "additive:1h1k", "lse": True},
-    {"gradient": "inputs", "score_mod": "soft_cap"},
-    {"gradient": "captured", "score_mod": "alibi"},
-    {"gradient": "captured", "score_mod": "relative", "lse": True},
-    {"gradient": "inputs", "mask_mod": "window", "rows": 30, "keys": 30},
-    {"gradient": "inputs", "layout": "varlen", "causal": True, "batch": 4},
-    {"gradient": "captured", "layout": "varlen", "score_mod": "alibi", "batch": 4},
-)
-
-
-def calls() -> Iterator[Call]:
-    """Every call of the corpus."""
-    for dtype in FLOATS:
-        plain = Call(dtype=dtype)
-        for shape in SHAPES:
-            yield dataclasses.replace(plain, **shape)
-        for heads, kv_heads in GROUPS:
-            yield dataclasses.replace(plain, heads=heads, kv_heads=kv_heads, rows=3)
-            yield dataclasses.replace(plain, heads=heads, kv_heads=kv_heads, rows=20, causal=True, lse=True)
-        for changes in FEATURES:
-            yield dataclasses.replace(plain, **changes)
-        for changes in LAYOUT_FEATURES:
-            yield dataclasses.replace(plain, **{"layout": "varlen", "batch": 4, **changes})
-            yield dataclasses.replace(plain, **{"layout": "paged", "rows": 2, **changes})
-        for page, beyond in itertools.product(PAGES, (-1, 0, 1)):
-            keys = 2 * page + beyond
-            yield dataclasses.replace(
-                plain, layout="paged", page=page, keys=keys, rows=1, batch=3, causal=True
-            )
-        for changes in GRADIENTS:
-            yield dataclasses.replace(plain, **changes)
-    yield Call(key_dtype=torch.bfloat16)
-    yield Call(dtype=torch.bfloat16, key_dtype=torch.float32, lse=True)
-
-
 def sample(call: Call) -> Sample:
     """The sample of a call."""
     leaves: tuple[str, ...] = ("query", "key", "value") if call.gradient else ()
@@ -437,4 +336,6 @@ def _chosen(call: Call) -> dict[str, Any]:
 
 def samples() -> Iterator[Sample]:
     """Every sample of the family."""
+    from torchhal_conformance.families.attention_calls import calls
+
     return (sample(call) for call in dict.fromkeys(calls()))

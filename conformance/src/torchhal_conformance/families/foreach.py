@@ -146,6 +146,13 @@ class Call:
         """Which operands are lists of tensors."""
         return tuple(i for i, how in enumerate(self.operands) if how == "list")
 
+    @property
+    def passes_numbers(self) -> bool:
+        """Whether numbers are operands; a whole one among whole numbers becomes part of the function."""
+        floating = any(d.is_floating_point for i in self.lists for d in self.list_dtypes(i))
+        whole = () if floating else ("integers", "integer", "truths")
+        return any(how not in ("list", *whole) for how in self.operands)
+
     def needs(self) -> Needs:
         """The claims that cover it; nobody is asked about empty lists."""
         if not self.length:
@@ -153,7 +160,7 @@ class Call:
         together = {tuple(self.list_dtypes(i)[at] for i in self.lists) for at in range(self.length)}
         wanted = {
             "in_place": self.in_place,
-            "scalars": len(self.lists) < len(self.operands),
+            "scalars": self.passes_numbers,
             "mixed_dtypes": len(together) > 1,
             "several_outputs": self.mapped.outputs > 1,
             "captured_tensors": self.mapped.captures,

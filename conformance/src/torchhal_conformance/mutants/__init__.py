@@ -20,7 +20,7 @@ from torchhal.problems import SPEC_VERSION
 from torchhal.reference import plugin as reference
 
 NAME: Final = "mutant"
-FILES: Final = ("attention", "contract", "others")
+FILES: Final = ("attention", "hidden", "contract", "others", "services")
 
 Run = Callable[..., Any]
 Change = Callable[[Run, Any], Run]

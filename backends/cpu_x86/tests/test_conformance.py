@@ -1,0 +1,10 @@
+"""Attention, case by case, as the conformance suite judges it."""
+
+from __future__ import annotations
+
+from torchhal_conformance.pytest_plugin import ConformanceCase, conformance_cases
+
+
+@conformance_cases(backend="cpu_x86", profile="inference", family="attention")
+def test_conformance(case: ConformanceCase) -> None:
+    case.check()
