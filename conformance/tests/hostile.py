@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from torchhal import BackendInfo, Capabilities, Decline, Plan, hookimpl
 from torchhal.problems import AttentionClaims
+from torchhal_conformance.model import HarnessError
 
 DENSE: Final = AttentionClaims(dtypes=frozenset({torch.float32}), layouts=frozenset({"dense"}))
 EVERYTHING: Final = AttentionClaims(
@@ -35,7 +37,7 @@ ORDERS: Final = "HOSTILE_ORDERS"
 CHILDREN: Final = "HOSTILE_CHILDREN"
 """Environment variable with a file that the ids of child processes are written to."""
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+_numbers = itertools.count()
 
 
 def honest(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -49,12 +51,13 @@ def zeros(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 def plugin(
     harm: Callable[[], object] = lambda: None,
     *,
-    name: str = "hostile",
+    name: str = "",
     claims: AttentionClaims | None = DENSE,
     run: Callable[..., Any] | None = None,
     hook: Callable[[Any], Any] | None = None,
 ) -> SimpleNamespace:
     """A backend whose plan first does ``harm`` and then computes, or runs ``run``; or whose hook is ``hook``."""
+    unique = name or f"hostile{next(_numbers)}"  # since the core remembers plans by the names of backends
 
     def computed(
         query: Tensor, key: Tensor, value: Tensor, mask: object, scale: float, operands: object
@@ -65,7 +68,7 @@ def plugin(
     @hookimpl
     def torchhal_backend() -> BackendInfo:
         return BackendInfo(
-            name=name, vendor="tests", device_types=frozenset({"cpu"}), spec=">=1.0,<2",
+            name=unique, vendor="tests", device_types=frozenset({"cpu"}), spec=">=1.0,<2",
             capabilities=Capabilities(attention=claims), preference={"cpu": -1},
         )  # fmt: skip
 
@@ -210,6 +213,7 @@ declines = plugin(hook=lambda problem: Decline("no_device", "there is none"))
 hook_hangs = plugin(hook=lambda problem: time.sleep(600))
 hook_raises = plugin(hook=throw(RuntimeError("no plan for you")))
 hook_exits = plugin(hook=throw(SystemExit(0)))
+blames_the_suite = plugin(throw(HarnessError("not my fault")))
 good = plugin(name="good")
 other = plugin(name="other")
 identity_raises = SimpleNamespace(torchhal_backend=throw(RuntimeError("who am I")))

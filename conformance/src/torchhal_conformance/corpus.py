@@ -46,7 +46,9 @@ def case_named(name: str, seed: int = 0) -> Case:
 
 def applies(case: Case, capabilities: Capabilities) -> bool:
     """Whether a backend is asked: about what it claims, and once about each sample that it must refuse."""
-    return not case.sample.needs.unclaimed(capabilities) or case.check.refuses
+    if case.sample.needs.unclaimed(capabilities):
+        return case.check.refuses and "asks_nobody" not in case.sample.tags
+    return True
 
 
 def digest(ids: Iterable[str]) -> str:
@@ -72,6 +74,18 @@ def frozen(profile: str, edition: str = EDITION) -> frozenset[str]:
     if digest(ids) != document["digests"][profile]:
         raise ValueError(f"profile {profile} of {edition} is not what was frozen: its digest differs")
     return ids
+
+
+def required(profile: str, capabilities: Capabilities, edition: str = EDITION) -> frozenset[str]:
+    """The ids that a profile of an edition requires of what is claimed.
+
+    None at all where nothing of the profile's own is claimed: who computes no gradients is not fit for training by
+    passing what inference asks for.
+    """
+    known = frozen(profile, edition)
+    asked = [c for c in cases() if c.id in known and not c.sample.needs.unclaimed(capabilities)]
+    own = any(case.profile == profile for case in asked)
+    return frozenset(case.id for case in asked) if own else frozenset()
 
 
 def freeze(seed: int = 0) -> dict[str, object]:

@@ -64,6 +64,8 @@ def _outcome(case: Case, backend: str) -> Result:
         measured: Measured = case.check.run(backend, case.sample, case.data_seed)
         return {"ratio": measured.ratio, "note": measured.note or None}
     inputs = calls.make(case.sample, backend, case.data_seed)
+    for leaf in case.sample.leaves:  # gradients are asked for by the inputs
+        inputs[leaf].requires_grad_()
     if not calls.is_refused(case.sample, backend, inputs):
         raise CheckFailed(f"Unsupported, since {', '.join(missing)} is not claimed", "a result")
     return {"status": "unsupported-verified"}

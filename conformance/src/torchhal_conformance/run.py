@@ -79,7 +79,7 @@ def run(
                     progress(len(report.results), len(wanted), result)
     with path.open("a", encoding="utf-8") as file:
         report.footer = records.footer(
-            header, report.results, required(options.profile, backend), options.whole
+            header, report.results, corpus.required(options.profile, backend.info.capabilities), options.whole
         )
         file.write(records.line(report.footer))
     return report
@@ -133,15 +133,6 @@ def _spread(cases: Sequence[Placed]) -> list[Placed]:
         queues.setdefault(case.check.name, []).append((order, case))
     rounds = max(map(len, queues.values()), default=0)
     return [queue[i] for i in range(rounds) for queue in queues.values() if i < len(queue)]
-
-
-def required(profile: str, backend: Backend) -> frozenset[str]:
-    """The ids that the frozen profile requires of what a backend claims."""
-    frozen = corpus.frozen(profile)
-    capabilities = backend.info.capabilities
-    return frozenset(
-        c.id for c in corpus.cases() if c.id in frozen and not c.sample.needs.unclaimed(capabilities)
-    )
 
 
 # ---------------------------------------------------------------------------- results
@@ -326,8 +317,7 @@ def expected_by_header(header: dict[str, Any]) -> frozenset[str]:
 
 def required_by_header(header: dict[str, Any]) -> frozenset[str]:
     """The ids that the header's profile requires of its claims."""
-    claimed, frozen = _capabilities(header), corpus.frozen(header["profile"], header["edition"])
-    return frozenset(c.id for c in corpus.cases() if c.id in frozen and not c.sample.needs.unclaimed(claimed))
+    return corpus.required(header["profile"], _capabilities(header), header["edition"])
 
 
 def faults(path: Path) -> list[str]:

@@ -184,7 +184,7 @@ def load() -> Registry:
 
     backends: dict[str, Backend] = {}
     failures: dict[str, LoadFailure] = {}
-    backend = verify(REFERENCE, "torchhal", reference)
+    backend = verify(REFERENCE, "torchhal", reference, _own_version())
     assert isinstance(backend, Backend), backend
     backends[REFERENCE] = backend
     wanted = wanted_plugins()
@@ -206,6 +206,13 @@ def load() -> Registry:
             f"TORCHHAL_PLUGINS names it and no installed entry point in {ENTRY_POINT_GROUP} is called so",
         )
     return Registry(backends, failures, tuple(excluded))
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("torchhal")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def wanted_plugins() -> set[str] | None:
