@@ -40,7 +40,14 @@ def load_plugin(specification: str) -> str:
 def examine(case: Case, backend: str) -> Result:
     """Run one case; whatever happens becomes a result, but for what ends the process."""
     begin = time.perf_counter()
-    found = {"status": "pass", "ratio": None, "error": None, "expected": None, "got": None, "note": None}
+    found: Result = {
+        "status": "pass",
+        "ratio": None,
+        "error": None,
+        "expected": None,
+        "got": None,
+        "note": None,
+    }
     try:
         found |= _outcome(case, backend)
     except CheckFailed as failure:

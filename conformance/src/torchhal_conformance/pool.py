@@ -125,7 +125,7 @@ class Worker:
         except (EOFError, OSError):
             text = self._obituary()
             raise StartFailed(f"a worker did not start: {text}") from None
-        return connection  # type: ignore[no-any-return]
+        return connection
 
     def _obituary(self) -> str:
         """How the process ended and what it said last; it is gone afterwards."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 
 from torchhal_conformance import calls, tolerance
 from torchhal_conformance.families import attention, samples

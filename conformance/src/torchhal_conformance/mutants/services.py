@@ -88,7 +88,8 @@ def _last_bit(run: Run, problem: Any) -> Run:
 # ---------------------------------------------------------------------------- an operator that lies when it is fake
 
 _library: Final = torch.library.Library("torchhal_conformance_mutant", "DEF")  # type: ignore[no-untyped-call]
-_library.define("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
+_SCHEMA: Final = "attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor"
+_library.define(_SCHEMA)  # type: ignore[no-untyped-call]
 
 
 def _real(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -101,7 +102,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
 
 
-_library.impl("attention", _real, "CompositeExplicitAutograd")
+_library.impl("attention", _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("torchhal_conformance_mutant::attention", _fake, lib=_library)
 
 
