@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from torchhal_conformance import calls, tolerance
 from torchhal_conformance.families import attention, samples
@@ -95,7 +95,7 @@ TORCHS: Final = frozenset(("aten", "prims", "prim", "inductor"))
 def _compile(sample: Sample, backend: str) -> tuple[Any, CompileCounterWithBackend]:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(lambda given: sample.call(backend, given), fullgraph=True, backend=counter), counter
+    return torch.compile(functools.partial(sample.call, backend), fullgraph=True, backend=counter), counter
 
 
 def _run(function: Any, inputs: Inputs) -> Any:
