@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchhal.errors import FallbackWarning, Unsupported
 from torchhal.registry import registry
-from torchhal_conformance.model import HarnessError, Inputs, Outputs, Sample
+from torchhal_conformance.model import CheckFailed, HarnessError, Inputs, Outputs, Sample
 
 
 def device_of(backend: str) -> torch.device:
@@ -42,7 +42,18 @@ def call(sample: Sample, backend: str, inputs: Inputs) -> Outputs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", FallbackWarning)
-        return sample.call(backend, inputs)
+        found: object = sample.call(backend, inputs)
+    if not isinstance(found, tuple) or not all(isinstance(result, Tensor) for result in found):
+        raise CheckFailed("tensors as results", _kinds(found))
+    return found
+
+
+def _kinds(found: object) -> str:
+    return (
+        ", ".join(type(result).__name__ for result in found)
+        if isinstance(found, tuple)
+        else type(found).__name__
+    )
 
 
 def truth(sample: Sample, inputs: Inputs) -> tuple[Outputs, Outputs]:

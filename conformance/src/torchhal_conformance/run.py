@@ -142,7 +142,7 @@ class Workers:
     """The workers of a run, one for each job, ended with it."""
 
     def __init__(self, options: Options) -> None:
-        threads = max(1, (torch.get_num_threads() or 1) // options.jobs)
+        threads = threads_of(options)
         self.all = [
             Worker(options.backend, options.plugin, options.seed, options.timeout, threads)
             for _ in range(options.jobs)
@@ -213,10 +213,15 @@ def make_header(options: Options, backend: Backend) -> dict[str, Any]:
         "edition": corpus.EDITION, "profile": options.profile, "seed": options.seed,
         "shard": f"{options.shard[0]}/{options.shard[1]}", "whole": options.family is None and options.case is None,
         "backend": {"name": backend.name, "version": backend.version, "distribution": backend.distribution},
-        "claims": claims(backend.info.capabilities), "environment": environment(backend),
+        "claims": claims(backend.info.capabilities), "environment": environment(backend, threads_of(options)),
         "corpus": corpus.digest(case.id for case in corpus.cases()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+def threads_of(options: Options) -> int:
+    """Threads of each worker: those of torch, shared out among the workers."""
+    return max(1, torch.get_num_threads() // options.jobs)
 
 
 def claims(capabilities: Capabilities) -> dict[str, Any]:
@@ -237,7 +242,7 @@ def claims(capabilities: Capabilities) -> dict[str, Any]:
     }
 
 
-def environment(backend: Backend) -> dict[str, str]:
+def environment(backend: Backend, threads: int) -> dict[str, str]:
     """Versions and hardware."""
     device = calls.device_of(backend.name)
     name = (
@@ -247,7 +252,7 @@ def environment(backend: Backend) -> dict[str, str]:
     )
     return {
         "device": name, "torch": torch.__version__, "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}", "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}", "threads": str(threads),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any, Final
@@ -51,10 +52,8 @@ def operators(backend: str, sample: Sample, seed: int) -> Measured:
     inputs = calls.make(sample, backend, seed)
     found = _Operators()
     torch.compiler.reset()
-    _run(
-        torch.compile(lambda given: sample.call(backend, given), fullgraph=True, backend=found.compile),
-        inputs,
-    )
+    call = functools.partial(sample.call, backend)
+    _run(torch.compile(call, fullgraph=True, backend=found.compile), inputs)
     if not found.calls:
         raise CheckFailed("an operator of torchhal or of the backend in the traced graph", "none")
     for operator, args, kwargs in found.calls:
