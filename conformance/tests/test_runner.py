@@ -114,9 +114,8 @@ def test_two_processes_give_the_same_results_in_the_same_order_as_none(
 
     monkeypatch.setattr(run, "Worker", Worker)
     double = run.run(changed(GOOD, jobs=2), tmp_path / "double.jsonl")
-    assert double.footer is not None
-    assert double.footer["digest"] == lines(report)[-1]["digest"]
-    assert [r["case"] for r in double.results] == [r["case"] for r in lines(report)[1:-1]]
+    timeless = [[{**r, "seconds": None} for r in found] for found in (double.results, lines(report)[1:-1])]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("kept", [1, 3, 6])
