@@ -20,7 +20,7 @@ from rich.progress import (
 
 from torchhal.errors import TorchhalError
 from torchhal.registry import registry
-from torchhal_conformance import corpus, kills, records, run, waivers
+from torchhal_conformance import corpus, kills, records, run, signature, waivers
 from torchhal_conformance.checks import all_checks, check_named
 from torchhal_conformance.model import PROFILES, in_profile
 from torchhal_conformance.mutants import all_mutants
@@ -216,14 +216,40 @@ def _footer(report: records.Report) -> dict[str, Any]:
 
 
 @app.command("verify")
-def verify_command(reports: Files) -> None:
-    """Check reports: form, completeness, duplicates, digest and verdict. Exits with 1 when one does not hold."""
-    faults = {str(path): run.faults(path) for path in reports}
-    for path, found in faults.items():
-        typer.echo(f"{path}: " + ("holds" if not found else f"{len(found)} faults"))
+def verify_command(
+    reports: Files,
+    by: Annotated[
+        str | None, typer.Option("--signer", help="Public key that must have signed, ed25519:HEX.")
+    ] = None,
+) -> None:
+    """Check reports: form, completeness, duplicates, digest, verdict, signature. Exits with 1 when one does not hold."""
+    failed = False
+    for path in reports:
+        found = run.faults(path)
+        who: str | None = None
+        try:
+            who = signature.signer(path)
+        except signature.SignatureError as error:
+            found.append(str(error))
+        if by is not None and who != by:
+            found.append(f"expected the signature of {by}, found {who or 'none'}")
+        failed |= bool(found)
+        typer.echo(f"{path}: " + (f"{len(found)} faults" if found else f"holds, {who or 'not signed'}"))
         for fault in found:
             typer.echo(f"  {fault}")
-    raise typer.Exit(1 if any(faults.values()) else 0)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command("sign")
+def sign_command(
+    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    key: Annotated[Path, typer.Option(help="Ed25519 private key, PEM.", exists=True, dir_okay=False)],
+) -> None:
+    """Sign a report; the signature lies beside it, and `verify` checks it."""
+    try:
+        typer.echo(f"{signature.path_of(report)}: {signature.sign(report, key)}")
+    except signature.SignatureError as error:
+        raise _stop(error) from error
 
 
 @app.command("report")
