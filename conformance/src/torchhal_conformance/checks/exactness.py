@@ -240,8 +240,8 @@ CHECKS: Final = (
         "attention.poison",
         _why(
             "Puts NaN and infinity into keys and values that no row sees; the result must not change by a bit.",
-            "0 times NaN is NaN: a kernel that multiplies hidden values by a weight of 0 lets them through "
-            "(flash-attention and vLLM both had it with uninitialised cache memory).",
+            "0 times NaN is NaN: a kernel that multiplies hidden values by a weight of 0 lets through what uninitialised "
+            "memory holds.",
             "Skip or clean hidden positions before the second product; a weight of 0 is not enough.",
         ),
         _tagged("dense", "causal", without=("score_mod", "mask_mod")),
@@ -251,7 +251,7 @@ CHECKS: Final = (
         "attention.page_poison",
         _why(
             "Fills every page slot beyond a sequence's length with NaN.",
-            "Pages come from a pool and hold what the last request left; vLLM's issues tell of NaN from there.",
+            "Pages come from a pool and hold what the last request left, NaN included.",
             "Mask by seq_lens before the products, in the last page above all.",
         ),
         _tagged("paged"),
@@ -284,8 +284,8 @@ CHECKS: Final = (
         "attention.blind_rows",
         _why(
             "Hides every key: the result is 0 and the LSE minus infinity, exactly.",
-            "softmax over nothing is NaN in the plain formula; PyTorch changed its answer between releases (#133598 "
-            "and others), and a merge of partial results needs -inf.",
+            "softmax over nothing is NaN in the plain formula (PyTorch #163588, #186775 and others are NaN or silent errors of masks), "
+            "and a merge of partial results needs -inf.",
             "Guard the division by the sum and the logarithm for rows without a visible key.",
         ),
         lambda: (
@@ -300,7 +300,7 @@ CHECKS: Final = (
         "attention.sequence_leak",
         _why(
             "Makes all sequences but the first NaN; the first must not change by a bit.",
-            "Tiles that cross a boundary of a packed batch read their neighbours.",
+            "Tiles that cross a boundary of a packed batch read their neighbours (PyTorch #177378, jagged FlexAttention).",
             "Clamp the key range to cu_seqlens before loading, not after.",
         ),
         _tagged("varlen"),
@@ -311,7 +311,7 @@ CHECKS: Final = (
         _why(
             "Lowers logits by a thousand: in half of the keys, which must then weigh nothing, and in all, which must not matter.",
             "A merge that starts its running maximum at 0 or at -100 instead of -inf goes wrong for partitions whose "
-            "logits are all lower (FlashDecoding kernels had this).",
+            "logits are all lower: torch's CPU decoding template stores a maximum of 0 for an empty partition.",
             "Look at the identity element of the running maximum in each partition.",
         ),
         lambda: (

@@ -21,7 +21,7 @@ EXPLANATION: Final = Explanation(
     ),
     why=(
         "A backward that ignores the gradient of the LSE trains a wrong model in every ring-attention job and passes "
-        "all tests of the output alone; FlexAttention lost gradients of captured biases in several releases."
+        "all tests of the output alone; FlexAttention's learned biases had faults in several releases (PyTorch #145208, #157677, #166722)."
     ),
     debug=(
         "Which leaf differs says where: the query's gradient alone points at the row sum (delta), key and value at a missing "

@@ -94,7 +94,7 @@ def _one_of_each(family: str) -> Iterator[Sample]:
 def _growth_checks() -> Iterator[Check]:
     explanation = Explanation(
         f"Makes {CALLS} calls after {WARM_UP} to warm up; memory may grow by {LEAK} bytes a call.",
-        "A plan or a workspace kept for every call fills a server in a day; PyTorch's own leak check found dozens.",
+        "A plan or a workspace kept for every call fills a server in a day; PyTorch checks its own tests for leaks for this reason.",
         "Compare memory after 200 and after 2000 calls; look at caches without a bound.",
     )
     for family in ("attention", "matmul", "foreach"):

@@ -24,7 +24,7 @@ EXPLANATION: Final = Explanation(
     why=(
         "Fixed tolerances hide faults: torch's default for bfloat16 lets a dropped key through, and a test that "
         "scaled its tolerance with the length of a sum passed a kernel that returned zeros (FlagGems, test_sum). "
-        "PyTorch's FlexAttention on CPU gave wrong numbers for key lengths that are no multiple of a block (#152594)."
+        "PyTorch's paged FlexAttention was wrong for key lengths that are no multiple of a page (#160861, #159247)."
     ),
     debug=(
         "The place named is the worst element. Look whether errors sit in the last tile, in one head, or everywhere; in "

@@ -239,8 +239,8 @@ RUNS: Final = {
         state,
         Explanation(
             "Compares torch's threads, default type, precision, denormal mode and random numbers before and after.",
-            "Libraries built with -ffast-math switched denormals off for the whole process when loaded; others set the "
-            "number of threads and left it.",
+            "Code built for fast mathematics can switch denormals off for the whole process; a kernel that sets the number of "
+            "threads and leaves it slows everything after it.",
             "Restore what you set, in a destructor or a finally.",
         ),
     ),
@@ -249,7 +249,7 @@ RUNS: Final = {
         Explanation(
             "Calls after memory of the results' sizes was filled with NaN and with 7, and given back.",
             "A kernel that leaves its last tile unwritten passes whenever the allocator returns the memory of the last "
-            "right result: a published 104-fold speed-up was of this kind.",
+            "right result: a published speed-up of 104 times returned memory that nobody had written.",
             "Allocate the output with a known pattern and look for it in the result.",
         ),
     ),
