@@ -166,7 +166,11 @@ def _write_past_the_end(
 
 
 def _denies_dense(problem: Any) -> Any:
-    return Plan(run=zeros) if problem.layout == "dense" else Plan(run=throw(NotImplementedError("not yet")))
+    return (
+        Plan(run=zeros)
+        if problem.layout == "dense"
+        else Plan(run=throw(RuntimeError("claimed, and not there")))
+    )
 
 
 def _answers_everything(problem: Any) -> Any:

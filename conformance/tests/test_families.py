@@ -21,6 +21,7 @@ from torchhal_conformance import calls, examine
 from torchhal_conformance.checks import context_parallel, foreach, gradients, numbers, services
 from torchhal_conformance.families import samples
 from torchhal_conformance.model import Check, CheckFailed, Sample
+from torchhal_conformance.mutants.services import CarelessStore
 
 DEADLINE = 300
 quiet = pytest.mark.filterwarnings("ignore")
@@ -189,45 +190,8 @@ def stuck(honest: Any, problem: Any, call: Any, *rest: Any) -> Any:
     return honest(call, *rest)
 
 
-class Careless:
-    """A store of files that are written in place, without a digest, and listed in small letters."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.root = Path(url.removeprefix("file://"))
-        self.root.mkdir(exist_ok=True)
-
-    def _path(self, key: str) -> Path:
-        return self.root / (key if ".." in key else key.replace("/", "="))
-
-    def get(self, key: str) -> bytes | None:
-        path = self._path(key)
-        return path.read_bytes() if path.is_file() else None
-
-    def put(self, key: str, value: bytes) -> None:
-        path = self._path(key)
-        with path.open("wb", buffering=0) as file:
-            for at in range(0, len(value), 1000):
-                file.write(value[at : at + 1000])
-
-    def exists(self, key: str) -> bool:
-        return (self._path(key)).is_file()
-
-    def list(self, prefix: str = "") -> list[str]:
-        found = (path.name.replace("=", "/").lower() for path in self.root.iterdir())
-        return sorted(key for key in found if key.startswith(prefix))
-
-    def delete(self, key: str) -> bool:
-        found = self.exists(key)
-        (self._path(key)).unlink(missing_ok=True)
-        return found
-
-    def stats(self) -> Any:
-        raise NotImplementedError
-
-
 def careless(honest: Any, problem: Any, url: str) -> Any:
-    return Careless(url)
+    return CarelessStore(url)
 
 
 def wrong_tasks(honest: Any, problem: Any, *arguments: Any) -> Any:

@@ -190,7 +190,7 @@ def test_a_write_past_the_end_is_found_by_the_check_that_looks_for_it(
 
 def test_a_layout_that_is_claimed_and_not_there_fails(alone: Alone) -> None:
     result = alone("varlen_is_not_there", OTHER_LAYOUT)
-    assert (result["status"], result["error"]["class"]) == ("fail", "NotImplementedError")
+    assert (result["status"], result["error"]["class"]) == ("fail", "RuntimeError")
 
 
 def test_zeros_for_everything_pass_nothing_that_has_another_truth(alone: Alone) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from torchhal_conformance.page import Document, embedded, page, read, verdict
+from torchhal_conformance.page import embedded, page, verdict
+from torchhal_conformance.records import Report, ReportError, read
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=\"document.title='owned'\"> @@DATA@@"
 FAILING = "attention.numbers/dense-float32-causal-b2-h4-l9-s13-e16"
@@ -75,11 +76,11 @@ def footer(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def document(name: str, *results: dict[str, Any], **claims: Any) -> Document:
-    return Document(header(name, **claims), list(results), footer(list(results)))
+def document(name: str, *results: dict[str, Any], **claims: Any) -> Report:
+    return Report(header(name, **claims), list(results), footer(list(results)))
 
 
-def honest(name: str = "reference") -> Document:
+def honest(name: str = "reference") -> Report:
     return document(
         name,
         result("attention.numbers/dense-float32-b2-h4-l9-s13-e16"),
@@ -88,7 +89,7 @@ def honest(name: str = "reference") -> Document:
     )
 
 
-def failing(name: str = "cpu_x86", message: str = "expected errors within the bound") -> Document:
+def failing(name: str = "cpu_x86", message: str = "expected errors within the bound") -> Report:
     return document(
         name,
         result("attention.numbers/dense-float32-b2-h4-l9-s13-e16"),
@@ -103,7 +104,7 @@ def failing(name: str = "cpu_x86", message: str = "expected errors within the bo
     )
 
 
-def write(path: Path, report: Document, ending: str = "") -> Path:
+def write(path: Path, report: Report, ending: str = "") -> Path:
     records = [report.header, *report.results, *([report.footer] if report.footer else [])]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + ending, encoding="utf-8")
     return path
@@ -134,25 +135,31 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_report_cut_short_is_read_without_a_footer(tmp_path: Path) -> None:
-    cut = Document(honest().header, honest().results, None)
-    assert read(write(tmp_path / "report.jsonl", cut, '{"record": "res')) == cut
+    cut = Report(honest().header, honest().results, None)
+    assert read(write(tmp_path / "report.jsonl", cut, '{"record": "res'), interrupted=True) == cut
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("", "got nothing"),
-        ('{"record": "result"}\n', "expected one header"),
-        ('{"record": "header"}\n{"record": "header"}\n', "expected one header"),
-        ('{"record": "header"}\n{"record": "footer"}\n{"record": "result"}\n', "in this order"),
-        ('{"record": "header"}\n{"record": \n{"record": "footer"}\n', "line 2: expected a JSON object"),
-        ("[]\n", "line 1: expected an object with 'record'"),
+        ("", "is empty: expected a header first"),
+        ('{"record": "result"}\n', "line 1: a result record has no place here"),
+        ('{"record": "header"}\n{"record": "header"}\n', "line 2: a header record has no place here"),
+        (
+            '{"record": "header"}\n{"record": "footer"}\n{"record": "result"}\n',
+            "line 3: a record after the footer",
+        ),
+        (
+            '{"record": "header"}\n{"record": \n{"record": "footer"}\n',
+            "line 2: not a record: Expecting value",
+        ),
+        ("[]\n", "line 1: not a record: list indices"),
     ],
 )
 def test_what_is_no_report_is_refused_with_the_place(tmp_path: Path, lines: str, words: str) -> None:
     path = tmp_path / "report.jsonl"
     path.write_text(lines, encoding="utf-8")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ReportError, match=words):
         read(path)
 
 
@@ -188,7 +195,7 @@ def test_the_verdict_always_says_how_many_of_how_many() -> None:
 
 
 def test_a_report_without_a_footer_proves_nothing() -> None:
-    cut = Document(honest().header, honest().results, None)
+    cut = Report(honest().header, honest().results, None)
     assert verdict(cut) == "reference 0.1.0: incomplete report, proves nothing"
     assert "incomplete report, proves nothing" in page([cut])
 
@@ -208,7 +215,7 @@ def browser() -> str:
 class Rendered:
     """What a browser made of a page."""
 
-    def __init__(self, browser: str, folder: Path, reports: list[Document], fragment: str = "") -> None:
+    def __init__(self, browser: str, folder: Path, reports: list[Report], fragment: str = "") -> None:
         file = folder / "page.html"
         file.write_text(page(reports), encoding="utf-8")
         options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
@@ -270,8 +277,8 @@ def test_a_claim_without_a_case_is_not_green(browser: str, tmp_path: Path) -> No
 def test_an_incomplete_report_and_one_that_does_not_add_up_are_not_green(
     browser: str, tmp_path: Path
 ) -> None:
-    cut = Document(honest().header, honest().results, None)
-    forged = Document(honest("forged").header, failing().results, honest().footer)
+    cut = Report(honest().header, honest().results, None)
+    forged = Report(honest("forged").header, failing().results, honest().footer)
     seen = Rendered(browser, tmp_path, [cut, forged])
     assert seen.dom.count('class="verdict ok"') == 0
     assert "ok" not in {kind for kind, _ in seen.cells}

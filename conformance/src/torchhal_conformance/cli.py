@@ -261,7 +261,7 @@ def report_command(
     from torchhal_conformance import page
 
     try:
-        documents = [page.read(path) for path in reports]
+        documents = [records.read(path, interrupted=True) for path in reports]
     except records.ReportError as error:
         raise _stop(error) from error
     output.write_text(page.page(documents), encoding="utf-8")

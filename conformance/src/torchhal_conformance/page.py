@@ -14,58 +14,17 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Final
 
-Record = dict[str, Any]
+from torchhal_conformance.records import Report
 
 INCOMPLETE: Final = "incomplete report, proves nothing"
 """Verdict on a report without a footer: its run did not come to an end."""
 
 
-@dataclass(frozen=True)
-class Document:
-    """One report as it was written: what ran where, what came out, and the sum of it."""
-
-    header: Record
-    results: list[Record]
-    footer: Record | None
-
-
-def read(path: str | Path) -> Document:
-    """A report from JSON Lines; a last line that was cut short is left out, and with it the footer.
-
-    Raises:
-        ValueError: it is no report; says which line is wrong and why.
-    """
-    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    records = [_record(path, number, line, number == len(lines)) for number, line in enumerate(lines, 1)]
-    found = [record for record in records if record is not None]
-    kinds = [record["record"] for record in found]
-    complete = kinds[-1:] == ["footer"]
-    if kinds != ["header"] + ["result"] * (len(kinds) - 1 - complete) + ["footer"] * complete:
-        raise ValueError(
-            f"{path}: expected one header, results and at most one footer, in this order; "
-            f"got {', '.join(dict.fromkeys(kinds)) or 'nothing'}"
-        )
-    return Document(found[0], found[1 : len(found) - complete], found[-1] if complete else None)
-
-
-def _record(path: str | Path, number: int, line: str, last: bool) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        if last:
-            return None
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("record"), str):
-        raise ValueError(f"{path}, line {number}: expected an object with 'record', got {line[:80]!r}")
-    return record
-
-
-def page(reports: Sequence[Document]) -> str:
+def page(reports: Sequence[Report]) -> str:
     """The page over reports of one or several backends, side by side in the order given."""
     template = files("torchhal_conformance").joinpath("page.html").read_text(encoding="utf-8")
     parts = {
@@ -77,7 +36,7 @@ def page(reports: Sequence[Document]) -> str:
     return re.sub("@@([A-Z]+)@@", lambda mark: parts[mark[1]], template)
 
 
-def verdict(report: Document) -> str:
+def verdict(report: Report) -> str:
     """The verdict in one line of text."""
     backend, footer = report.header["backend"], report.footer
     if footer is None:
@@ -103,7 +62,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _title(reports: Sequence[Document]) -> str:
+def _title(reports: Sequence[Report]) -> str:
     return "torchhal conformance: " + ", ".join(str(report.header["backend"]["name"]) for report in reports)
 
 

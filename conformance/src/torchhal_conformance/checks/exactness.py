@@ -220,14 +220,10 @@ def far_below(backend: str, sample: Sample, seed: int) -> Measured:
 FAR: Final = 1000.0
 
 
-def _why(tests: str, why: str, debug: str) -> Explanation:
-    return Explanation(tests, why, debug)
-
-
 CHECKS: Final = (
     Check(
         "attention.strides",
-        _why(
+        Explanation(
             "Gives the same values in swapped, reversed, gapped and misaligned memory; results must agree bit for bit.",
             "Kernels that take a tensor for contiguous are the commonest fault of new backends; torch 2.13's own CPU "
             "attention computes wrong numbers for a query expanded along its rows.",
@@ -238,7 +234,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.poison",
-        _why(
+        Explanation(
             "Puts NaN and infinity into keys and values that no row sees; the result must not change by a bit.",
             "0 times NaN is NaN: a kernel that multiplies hidden values by a weight of 0 lets through what uninitialised "
             "memory holds.",
@@ -249,7 +245,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.page_poison",
-        _why(
+        Explanation(
             "Fills every page slot beyond a sequence's length with NaN.",
             "Pages come from a pool and hold what the last request left, NaN included.",
             "Mask by seq_lens before the products, in the last page above all.",
@@ -259,7 +255,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.page_order",
-        _why(
+        Explanation(
             "Stores the same pages at other physical places; results must agree bit for bit.",
             "A stale or ignored page table gives right numbers while pages happen to lie in order.",
             "Print the physical page of each logical page as the kernel sees it.",
@@ -269,7 +265,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.batch_order",
-        _why(
+        Explanation(
             "Reverses the batch; each sequence's result must be the same bit for bit.",
             "Schedulers that split work by position in the batch give results that depend on one's neighbours, which "
             "breaks reproducible serving.",
@@ -282,7 +278,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.blind_rows",
-        _why(
+        Explanation(
             "Hides every key: the result is 0 and the LSE minus infinity, exactly.",
             "softmax over nothing is NaN in the plain formula (PyTorch #163588, #186775 and others are NaN or silent errors of masks), "
             "and a merge of partial results needs -inf.",
@@ -298,7 +294,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.sequence_leak",
-        _why(
+        Explanation(
             "Makes all sequences but the first NaN; the first must not change by a bit.",
             "Tiles that cross a boundary of a packed batch read their neighbours (PyTorch #177378, jagged FlexAttention).",
             "Clamp the key range to cu_seqlens before loading, not after.",
@@ -308,7 +304,7 @@ CHECKS: Final = (
     ),
     Check(
         "attention.far_below",
-        _why(
+        Explanation(
             "Lowers logits by a thousand: in half of the keys, which must then weigh nothing, and in all, which must not matter.",
             "A merge that starts its running maximum at 0 or at -100 instead of -inf goes wrong for partitions whose "
             "logits are all lower: torch's CPU decoding template stores a maximum of 0 for an empty partition.",

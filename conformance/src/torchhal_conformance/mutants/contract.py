@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
-import time
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torchhal_conformance.mutants import Mutant, Run
+from torchhal_conformance.mutants.others import draws, leaky, memo, scratch
 
 
 def _in_place(run: Run, problem: Any) -> Run:
@@ -48,52 +47,10 @@ def _random(run: Run, problem: Any) -> Run:
     return faulty
 
 
-def _leaky(run: Run, problem: Any) -> Run:
-    kept: list[Any] = []
-
-    def faulty(*given: Any) -> Any:
-        kept.append(bytearray(b"x" * 65536))
-        return run(*given)
-
-    return faulty
-
-
 def _threads(run: Run, problem: Any) -> Run:
     def faulty(*given: Any) -> Any:
         torch.set_num_threads(torch.get_num_threads() % 8 + 1)
         return run(*given)
-
-    return faulty
-
-
-def _draws(run: Run, problem: Any) -> Run:
-    def faulty(*given: Any) -> Any:
-        torch.rand(1)
-        return run(*given)
-
-    return faulty
-
-
-def _memo(run: Run, problem: Any) -> Run:
-    kept: dict[Any, Any] = {}
-
-    def faulty(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, o: Any) -> Any:
-        key = (q.data_ptr(), k.data_ptr(), v.data_ptr(), q.shape, k.shape, scale, torch.is_grad_enabled())
-        if key not in kept:
-            kept[key] = (run(q, k, v, mask, scale, o), q, k, v)  # the inputs, so that addresses stay theirs
-        return kept[key][0]
-
-    return faulty
-
-
-def _scratch(run: Run, problem: Any) -> Run:
-    shared: dict[str, Any] = {}
-
-    def faulty(q: Tensor, *rest: Any) -> Any:
-        shared["query"] = q
-        if threading.active_count() > 2:
-            time.sleep(0.002)
-        return run(shared["query"], *rest)
 
     return faulty
 
@@ -163,7 +120,7 @@ def _no_zero(run: Run, problem: Any) -> Run:
 def _paged_lie(run: Run, problem: Any) -> Run:
     def faulty(*given: Any) -> Any:
         if problem.layout == "paged":
-            raise NotImplementedError("paged attention comes later")
+            raise RuntimeError("this build holds no kernel for pages")
         return run(*given)
 
     return faulty
@@ -175,11 +132,11 @@ MUTANTS: Final = (
     _m("in_place", "the query is scaled in place", ("attention.inputs_alone",), _in_place),
     _m("beside", "one element behind the key is overwritten", ("attention.inputs_alone",), _beside),
     _m("random_bits", "every third call differs in the last bit", ("attention.determinism",), _random),
-    _m("leaky", "each call keeps 64 KiB", ("attention.memory_growth",), _leaky),
+    _m("leaky", "each call keeps 64 KiB", ("attention.memory_growth",), leaky),
     _m("threads_left", "torch's number of threads is changed", ("attention.state",), _threads),
-    _m("draws_random", "a random number is drawn", ("attention.state",), _draws),
-    _m("memo", "results are remembered by address", ("attention.fresh_data",), _memo),
-    _m("shared_scratch", "all threads share one buffer", ("attention.threads",), _scratch),
+    _m("draws_random", "a random number is drawn", ("attention.state",), draws),
+    _m("memo", "results are remembered by address", ("attention.fresh_data",), memo),
+    _m("shared_scratch", "all threads share one buffer", ("attention.threads",), scratch),
     _m(
         "unwritten",
         "the first element is left as the allocator gave it",

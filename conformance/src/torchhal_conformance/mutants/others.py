@@ -70,7 +70,8 @@ def _damage(run: Run, problem: Any) -> Run:
     return faulty
 
 
-def _kept(run: Run, problem: Any) -> Run:
+def memo(run: Run, problem: Any) -> Run:
+    """Results are remembered by address."""
     kept: dict[Any, Any] = {}
 
     def faulty(*given: Any) -> Any:
@@ -82,7 +83,8 @@ def _kept(run: Run, problem: Any) -> Run:
     return faulty
 
 
-def _scratch(run: Run, problem: Any) -> Run:
+def scratch(run: Run, problem: Any) -> Run:
+    """All threads share one buffer."""
     shared: dict[str, Any] = {}
 
     def faulty(*given: Any) -> Any:
@@ -94,7 +96,8 @@ def _scratch(run: Run, problem: Any) -> Run:
     return faulty
 
 
-def _leaky(run: Run, problem: Any) -> Run:
+def leaky(run: Run, problem: Any) -> Run:
+    """Each call keeps 64 KiB."""
     kept: list[Any] = []
 
     def faulty(*given: Any) -> Any:
@@ -104,7 +107,9 @@ def _leaky(run: Run, problem: Any) -> Run:
     return faulty
 
 
-def _draws(run: Run, problem: Any) -> Run:
+def draws(run: Run, problem: Any) -> Run:
+    """A random number is drawn."""
+
     def faulty(*given: Any) -> Any:
         torch.rand(1)
         return run(*given)
@@ -189,10 +194,10 @@ def _promises(family: str) -> tuple[Mutant, ...]:
         one("off", "results are off by three thousandths", "numbers", _result(_slightly_off)),
         one("random_bits", "every third call differs in the last bits", "determinism", _random_bits),
         one("damage", "the first element of each input is overwritten", "inputs_alone", _damage),
-        one("memo", "results are remembered by address", "fresh_data", _kept),
-        one("shared_scratch", "all threads share one buffer", "threads", _scratch),
-        one("leaky", "each call keeps 64 KiB", "memory_growth", _leaky),
-        one("draws_random", "a random number is drawn", "state", _draws),
+        one("memo", "results are remembered by address", "fresh_data", memo),
+        one("shared_scratch", "all threads share one buffer", "threads", scratch),
+        one("leaky", "each call keeps 64 KiB", "memory_growth", leaky),
+        one("draws_random", "a random number is drawn", "state", draws),
         one("unwritten_later", "only the first call writes its result", "written", _unwritten),
         one("half_gradient", "gradients are half of what they should be", "gradients", _half_gradient),
     )
