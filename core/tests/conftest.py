@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_backends import FakeEntryPoint, Install
+from installed_backends import Site, clean_environment
 
 from torchhal import registry, selection
 
@@ -37,3 +40,18 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     yield add
     points.clear()
     selection.reset()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A place to install made-up backends in, which processes started from here find too."""
+    clean_environment(monkeypatch, tmp_path / "selection.lock.json")
+    yield Site(tmp_path / "site", monkeypatch)
+    selection.reset()
+
+
+@pytest.fixture
+def restored(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that run inside this process find, and leave, their own ``sys.argv`` and ``sys.path``."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "path", ["the script's folder comes here", *sys.path])

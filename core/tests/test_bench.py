@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from installed_backends import Site, clean_environment
+from installed_backends import Site
 
 import torchhal
-from torchhal import selection
 from torchhal.bench import accuracy, attention, cases, ceilings, chart, idle, overhead
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.ceilings import Ceilings
@@ -30,13 +28,6 @@ CPU = torch.device("cpu")
 BRIEF = Effort(repetitions=3, budget=0.0, most=3, floor=1e-5)
 LIMITS = Ceilings(100.0, 10.0, "somewhere", "somewhere")
 TINY = Case("tiny", batch=2, heads=4, kv_heads=2, length=5, keys=7, head_size=8)
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    clean_environment(monkeypatch, tmp_path / "selection.lock.json")
-    yield Site(tmp_path / "site", monkeypatch)
-    selection.reset()
 
 
 # ---------------------------------------------------------------------------- timing

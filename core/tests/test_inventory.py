@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from installed_backends import Site, clean_environment
+from installed_backends import Site
 
 from torchhal import inventory, selection
 from torchhal.hookspecs import FAMILIES
 from torchhal.registry import registry
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    clean_environment(monkeypatch, tmp_path / "selection.lock.json")
-    yield Site(tmp_path / "site", monkeypatch)
-    selection.reset()
 
 
 def test_the_reference_is_always_there_and_claims_every_family(site: Site) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from installed_backends import Site, clean_environment
+from installed_backends import Site
 
 import torchhal
 from torchhal import lock, selection, tuning
@@ -28,13 +27,6 @@ PLAIN = AttentionProblem(CPU, query_heads=2, key_heads=2, head_size=8, value_hea
 CAUSAL = dataclasses.replace(PLAIN, is_causal=True, features=frozenset({"causal"}))
 SMALL = [Shape(1, 4, 6)]
 BRIEF = Effort(repetitions=3, budget=0.0, most=3, floor=1e-5)
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    clean_environment(monkeypatch, tmp_path / "selection.lock.json")
-    yield Site(tmp_path / "site", monkeypatch)
-    selection.reset()
 
 
 def tuned(problem: Problem = PLAIN, shapes: list[Shape] | None = SMALL) -> tuning.Tuned:
