@@ -16,6 +16,7 @@ from torchhal.errors import InvalidProblem, Unsupported
 from torchhal.selection import is_traced, select
 
 sdpa: Final = F.scaled_dot_product_attention
+_uninstalled_sdpa: Final = scope.uninstalled(sdpa)
 _scope: Final = scope.current
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 _any_autocast: Final = torch._C._is_any_autocast_enabled
@@ -218,7 +219,7 @@ def torchs_own(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """A call that was left to torch, which an installation (installation.py) is not to consider again."""
     if _is_dynamo_compiling():
         return sdpa(*args, **(kwargs or {}))
-    return scope.uninstalled(sdpa)(*args, **(kwargs or {}))
+    return _uninstalled_sdpa(*args, **(kwargs or {}))
 
 
 def _sharded(settings: Settings, given: Arguments) -> Any:
