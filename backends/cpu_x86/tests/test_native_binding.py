@@ -155,13 +155,20 @@ NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented
 NO_FORWARD = "forward AD|forward mode AD"
 
 
+FLEX = "0 0 1 1 0 0 1 1 -1 -1 0 0"
+"""Dense attention with an LSE and a mask."""
+
+
 def arguments_of(name: str) -> list[Tensor]:
-    mask = [torch.zeros(5, 7)] if name.startswith("masked") else []
+    mask = [torch.zeros(5, 7)] if name.startswith(("masked", "flex")) else []
     return [*inputs(2, 4, 2, 5, 7, 16, 8, torch.float32), *mask]
 
 
 def output(name: str, tensors: list[Tensor]) -> Tensor:
-    result = OPERATORS[name](*tensors, False, 1.0)
+    if name == "flex_attention":
+        result = OPERATORS[name](*tensors[:3], tensors[3:], FLEX, 1.0)
+    else:
+        result = OPERATORS[name](*tensors, False, 1.0)
     return result[-1] if isinstance(result, tuple) else result
 
 

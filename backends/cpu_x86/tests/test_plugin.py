@@ -60,11 +60,6 @@ REFUSED: list[tuple[str, Callable[[list[torch.Tensor]], Any], str]] = [
         "does not claim torch.float64",
     ),
     (
-        "score_mod",
-        lambda t: torchhal.attention(*t, score_mod=lambda s, b, h, i, j: s * 2, backend="cpu_x86"),
-        "score_mod",
-    ),
-    (
         "gradients",
         lambda t: torchhal.attention(*(x.requires_grad_() for x in t), backend="cpu_x86"),
         "does not claim backward",

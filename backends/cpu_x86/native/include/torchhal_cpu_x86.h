@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define THAL_INTERFACE_VERSION 1
+#define THAL_INTERFACE_VERSION 2
 
 enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
 
@@ -38,12 +38,55 @@ enum {
   THAL_BAD_WORKSPACE = 6, /* smaller than thal_attention_workspace asks for */
   THAL_BAD_THREADS = 7,   /* num_threads < 1, or > 1 without a parallel callback */
   THAL_PARALLEL_FAILED = 8,
-  THAL_NO_MEMORY = 9      /* only the measuring functions allocate */
+  THAL_NO_MEMORY = 9,     /* programs, and the measuring functions, allocate */
+  THAL_BAD_PROGRAM = 10,  /* words that are no program, or operands that do not fit it */
+  THAL_BAD_LENGTHS = 11,  /* cumulative or key lengths that contradict the shapes */
+  THAL_BAD_PAGES = 12,    /* a used entry of the page table names no page */
+  THAL_BAD_BLOCKS = 13    /* block lists that do not cover the call */
 };
 
 /* Calls task(i, ctx) once for every i in [0, n), from any threads, and returns 0 after the last has ended. */
 typedef void (*thal_task)(int64_t i, void* ctx);
 typedef int (*thal_parallel)(int64_t n, thal_task task, void* ctx, void* user);
+
+/* Programs: captured pointwise functions for the vector machine; program.hpp says how the words are laid out. */
+THAL_API int32_t thal_primitive_count(void);
+THAL_API const char* thal_primitive_name(int32_t code);
+
+typedef struct thal_captured {
+  const void* data;
+  int32_t type; /* place in torchhal.pointwise.dtypes.DTYPES */
+  int32_t dims; /* at most 16 */
+  const int64_t *sizes, *strides;
+} thal_captured;
+
+/* A captured function: score_mod(score, b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx), float32 and int32. */
+typedef struct thal_function {
+  const int64_t* words;
+  int64_t count;
+  const thal_captured* captured;
+  int64_t captured_count;
+} thal_function;
+
+/* A BlockMask: for each (mask batch, mask head, block of query rows) the key blocks that are partly visible, where
+ * mask_mod decides, and those that are wholly visible. Entries outside [0, key blocks) mean nothing. */
+typedef struct thal_blocks {
+  const int32_t *num, *indices;           /* (Bm, Hm, rows), (Bm, Hm, rows, most) */
+  const int32_t *full_num, *full_indices; /* null: none */
+  int64_t num_stride[3], indices_stride[4], full_num_stride[3], full_indices_stride[4];
+  int64_t batches, heads, rows, most, full_most;
+  int64_t block_rows, block_keys;
+} thal_blocks;
+
+/* Sequences of lengths of their own. Cumulative lengths: q (T, Hq, E), k and v (Tk, Hkv, E|Ev), out and lse as q; the
+ * first stride of each is not used. Pages: k and v (pages, Hkv, page_size, E|Ev); query row i of a sequence stands at
+ * position lengths[b] - L + i. */
+typedef struct thal_ragged {
+  const int32_t *starts_q, *starts_k;   /* (B + 1,), or null */
+  int64_t tokens_q, tokens_k;
+  const int32_t *page_table, *lengths;  /* (B, columns), (B,), or null */
+  int64_t page_table_stride[2], columns, pages, page_size;
+} thal_ragged;
 
 typedef struct thal_attention {
   uint32_t struct_size; /* sizeof(thal_attention) */
@@ -64,6 +107,9 @@ typedef struct thal_attention {
   int64_t mask_stride[4]; /* (B, Hq, L, S) */
   int64_t out_stride[4]; /* (B, Hq, L, Ev) */
   int64_t lse_stride[3];
+  const thal_function *score_mod, *mask_mod; /* null: none */
+  const thal_blocks* blocks;                 /* null: none */
+  const thal_ragged* ragged;                 /* null: every sequence has L rows and S keys */
   void* workspace; /* any alignment */
   int64_t workspace_size;
   thal_parallel parallel; /* may be null when num_threads == 1 */
@@ -81,6 +127,22 @@ THAL_API int32_t thal_interface_version(void);
 THAL_API uint32_t thal_supported_isas(void);
 THAL_API int thal_set_isa(int32_t dtype, int32_t isa);
 THAL_API int32_t thal_get_isa(int32_t dtype);
+
+/* One input of thal_program_run, and what it varies with. */
+enum { THAL_SPAN_ONE = 0, THAL_SPAN_LANES = 1, THAL_SPAN_ROWS = 2, THAL_SPAN_BLOCK = 3 };
+
+typedef struct thal_input {
+  const void* data;
+  int64_t stride; /* THAL_SPAN_BLOCK: elements from row to row */
+  int32_t span;
+  int32_t reserved;
+} thal_input;
+
+/* Evaluates a program over `rows` (1 to 128) rows of 16 elements and writes its first result, cast to `type`, to `out`:
+ * float32 for 16-bit floating types, int32 for small integers and booleans. For tests, and for measuring. */
+THAL_API int thal_program_run(const int64_t* words, int64_t count, int32_t isa, int64_t rows, const thal_input* inputs,
+                              int64_t input_count, const thal_captured* captured, int64_t captured_count, int32_t type,
+                              void* out);
 
 /* Measurements. Each returns the result, or -code. */
 /* Best float32 FMA rate in GFLOP/s over `repeats` short runs on num_threads threads. */

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "emit.hpp"
-#include "mask.hpp"
+#include "keys.hpp"
+#include "mods.hpp"
 
 namespace {
 
@@ -12,6 +13,7 @@ class Rows {
   using F = typename V::F;
   static constexpr int N = V::N;
   static constexpr int64_t kBlock = thal::kRowKeyBlock;
+  static constexpr int64_t kParts = kBlock / thal::kLanes;  // rows of the machine for one query row
   static constexpr int64_t kSize = size_of<DT>();
 
   const Plan& p_;
@@ -19,33 +21,51 @@ class Rows {
   const thal_attention& c_;
   int64_t rows_, width_, value_width_;  // padded to whole vectors
   float *q_, *o_, *k_, *v_, *scores_, *max_, *sum_;
-  char* buffer_;
+  int32_t *visible_, *heads_, *positions_, *key_index_, batch_;
+  char *buffer_, *scratch_;
+  KeySource source_;
+  BlockRows blocks_;
   int64_t key0_, count_;
+  BlockRows::State state_;  // of all rows, by the BlockMask
+  int64_t at_, run_;  // the run whose values are being added: where it begins in the block, and its keys
   bool masked_;  // some row may not see some key of the block
 
  public:
-  Rows(const Plan& p, const Item& it, char* scratch) : p_(p), it_(it), c_(p.call), rows_(it.rows) {
+  Rows(const Plan& p, const Item& it, char* scratch)
+      : p_(p), it_(it), c_(p.call), rows_(it.rows), batch_(static_cast<int32_t>(it.b)), scratch_(scratch),
+        source_(p, it, kSize),
+        blocks_(p, it, scratch + p.at_blocks) {
     const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
+    const auto ints = [scratch](int64_t at) { return reinterpret_cast<int32_t*>(scratch + at); };
     q_ = floats(p.at_q), o_ = floats(p.at_o), k_ = floats(p.at_k), v_ = floats(p.at_v), scores_ = floats(p.at_scores);
     max_ = floats(p.at_max), sum_ = floats(p.at_sum), buffer_ = scratch + p.at_rows;
+    visible_ = ints(p.at_visible), heads_ = ints(p.at_heads), positions_ = ints(p.at_positions);
+    key_index_ = ints(p.at_key_index);
     width_ = (c_.E + N - 1) / N * N;
     value_width_ = (c_.Ev + N - 1) / N * N;
   }
 
   void run() {
     start();
-    const int64_t end = smaller(it_.key1, row_limit(p_, it_.row0 + rows_ - 1));
-    const char* key = static_cast<const char*>(c_.k) + (it_.b * c_.k_stride[0] + it_.kv_head * c_.k_stride[1]) * kSize;
-    const char* value = static_cast<const char*>(c_.v) + (it_.b * c_.v_stride[0] + it_.kv_head * c_.v_stride[1]) * kSize;
-    for (int64_t k = it_.key0; k < end; k += kBlock) {
-      key0_ = k;
-      count_ = smaller(kBlock, end - k);
-      block(key + k * c_.k_stride[2] * kSize, value + k * c_.v_stride[2] * kSize);
+    const int64_t end = smaller(it_.key1, row_limit(p_, it_, it_.row0 + rows_ - 1));
+    if (c_.blocks) {
+      blocks_.visit(it_.key0, end, [this](int64_t from, int64_t to, BlockRows::State state) { visit(from, to, state); });
+    } else {
+      visit(it_.key0, end, p_.has_mask_mod ? BlockRows::kPartial : BlockRows::kFull);
     }
     for (int64_t r = 0; r < rows_; ++r) finish(r);
   }
 
  private:
+  void visit(int64_t begin, int64_t end, BlockRows::State state) {
+    state_ = state;
+    for (int64_t key = begin; key < end; key += kBlock) {
+      key0_ = key;
+      count_ = smaller(kBlock, end - key);
+      block();
+    }
+  }
+
   // Asks for what the next block will read. The loops below do too much per line for the out-of-order window to reach
   // far ahead: without this, decoding read 10 GB/s on one Zen 4 core, with it 16; nearer, or into L1, was slower.
   static void fetch_next_block(const char* row, int64_t stride, int64_t at) {
@@ -59,74 +79,138 @@ class Rows {
       sum_[r] = 0.0f;
       const int64_t row = it_.row0 + r, l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
       const char* src =
-          static_cast<const char*>(c.q) + (it_.b * c.q_stride[0] + h * c.q_stride[1] + l * c.q_stride[2]) * kSize;
+          static_cast<const char*>(c.q) + (it_.sequence.q + h * c.q_stride[1] + l * c.q_stride[2]) * kSize;
       src = contiguous_row<kSize>(src, c.q_stride[3], c.E, buffer_);
       for (int64_t e = 0; e < width_; e += N) {
         const F x = V::template load_part<DT>(src + e * kSize, static_cast<int>(smaller(N, c.E - e)));
         V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
+      }
+      for (int64_t i = 0; p_.has_score_mod + p_.has_mask_mod > 0 && i < kParts; ++i) {
+        heads_[r * kParts + i] = static_cast<int32_t>(h);
+        positions_[r * kParts + i] = static_cast<int32_t>(it_.sequence.first + l);
       }
       if (c.E < width_) std::memset(q_ + r * width_ + c.E, 0, static_cast<size_t>(width_ - c.E) * 4);
     }
     std::memset(o_, 0, static_cast<size_t>(rows_ * value_width_) * 4);
   }
 
-  void block(const char* key, const char* value) {
+  void block() {
     if (!mask_block()) return;
-    if (c_.k_stride[3] == 1) {
-      score_block<DT>(key, c_.k_stride[2] * kSize);
-    } else {
-      widen_rows<V, DT>(key, c_.k_stride, count_, c_.E, k_, buffer_);
-      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4);
-    }
+    runs([this](const KeyRun& run, int64_t j) { score_run(run, j); });
+    if (p_.has_score_mod)
+      modify_scores(p_, indices(), rows_ * kParts, scores_, thal::kLanes, scratch_ + p_.at_program);
     float alpha[N];
     for (int64_t r = 0; r < rows_; ++r) alpha[r] = soften(r);
-    const bool wild = masked_ && !all_finite<V, DT>(value, c_.v_stride, count_, c_.Ev, buffer_);
+    bool first = true;  // sums are faded once for the block
+    runs([&](const KeyRun& run, int64_t j) {
+      value_run(run, j, alpha);
+      if (first)
+        for (int64_t r = 0; r < rows_; ++r) alpha[r] = 1.0f;
+      first = false;
+    });
+  }
+
+  // f with each run of the block's keys, and the run's place in the block.
+  template <class Call>
+  void runs(Call f) {
+    for (int64_t j = 0; j < count_;) {
+      const KeyRun run = source_.run(key0_ + j, count_ - j);
+      f(run, j);
+      j += run.count;
+    }
+  }
+
+  void score_run(const KeyRun& run, int64_t j) {
+    if (c_.k_stride[3] == 1) {
+      score_block<DT>(run.keys, c_.k_stride[2] * kSize, j, run.count);
+    } else {
+      widen_rows<V, DT>(run.keys, c_.k_stride, run.count, c_.E, k_, buffer_);
+      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4, j, run.count);
+    }
+  }
+
+  void value_run(const KeyRun& run, int64_t j, const float* alpha) {
+    const bool wild = masked_ && !all_finite<V, DT>(run.values, c_.v_stride, run.count, c_.Ev, buffer_);
     if (!wild && c_.v_stride[3] == 1) {
-      value_block<DT>(value, c_.v_stride[2] * kSize, alpha);
+      value_block<DT>(run.values, c_.v_stride[2] * kSize, j, run.count, alpha);
       return;
     }
-    widen_rows<V, DT>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
-    if (wild) zero_wild(v_, count_ * c_.Ev);
-    value_block<THAL_F32>(reinterpret_cast<const char*>(v_), c_.Ev * 4, alpha);
-    if (wild) add_wild_values(value);
+    widen_rows<V, DT>(run.values, c_.v_stride, run.count, c_.Ev, v_, buffer_);
+    if (wild) zero_wild(v_, run.count * c_.Ev);
+    value_block<THAL_F32>(reinterpret_cast<const char*>(v_), c_.Ev * 4, j, run.count, alpha);
+    if (wild) add_wild_values(run, j);
   }
 
   float* bias(int64_t r) { return scores_ + (rows_ + r) * kBlock; }
 
-  // Fills the biases of the block where a mask or the causal limit matters; false when no row sees any key.
+  Indices indices() {
+    return {&batch_, heads_, positions_, key_index_};
+  }
+
+  // Fills the biases of the block where something may hide a key; false when no row sees any key.
   bool mask_block() {
-    masked_ = c_.mask_kind != THAL_MASK_NONE || row_limit(p_, it_.row0) < key0_ + count_;
+    const bool asked = state_ == BlockRows::kMixed || (state_ == BlockRows::kPartial && p_.has_mask_mod);
+    const bool hidden = c_.mask_kind != THAL_MASK_NONE || row_limit(p_, it_, it_.row0) < key0_ + count_;
+    if (p_.has_score_mod || (asked && p_.has_mask_mod)) number_keys();
+    masked_ = hidden || asked || p_.has_score_mod;
     if (!masked_) return true;
+    if (asked) ask();
     bool live = false;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t size = mask_size(c_.mask_kind), limit = row_limit(p_, it_.row0 + r) - key0_;
-      const char* mask = mask_row(p_, it_, it_.row0 + r) + key0_ * c_.mask_stride[3] * size;
-      for (int64_t j = 0; j < kBlock; j += N) {
-        F x = V::zero();
-        const int w = static_cast<int>(smaller(N, larger(0, count_ - j)));
-        if (c_.mask_kind != THAL_MASK_NONE && w > 0)
-          x = load_mask_strided<V>(c_.mask_kind, mask + j * c_.mask_stride[3] * size, c_.mask_stride[3], w);
-        V::store(bias(r) + j, x);
-      }
-      for (int64_t j = larger(0, smaller(limit, count_)); j < kBlock; ++j) bias(r)[j] = -kInf;
-      for (int64_t j = 0; j < kBlock; j += N) live |= V::any_other(V::load(bias(r) + j), V::set1(-kInf));
+    for (int64_t r = 0; r < rows_; ++r) live |= fill_row(r, asked);
+    return live;
+  }
+
+  void number_keys() {
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t j = 0; j < kBlock; ++j) key_index_[r * kBlock + j] = static_cast<int32_t>(key0_ + j);
+  }
+
+  void ask() {
+    if (p_.has_mask_mod) {
+      ask_mask(p_, indices(), rows_ * kParts, visible_, thal::kLanes, scratch_ + p_.at_program);
+    } else {
+      for (int64_t i = 0; i < rows_ * kBlock; ++i) visible_[i] = 1;
     }
+    if (state_ != BlockRows::kMixed) return;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const auto state = blocks_.state(it_.row0 + r, key0_);
+      if (state == BlockRows::kPartial) continue;
+      for (int64_t j = 0; j < kBlock; ++j) visible_[r * kBlock + j] = state == BlockRows::kFull;
+    }
+  }
+
+  // The biases of row r; whether it sees a key.
+  bool fill_row(int64_t r, bool asked) {
+    const int64_t size = mask_size(c_.mask_kind), limit = row_limit(p_, it_, it_.row0 + r) - key0_;
+    const bool has_mask = c_.mask_kind != THAL_MASK_NONE;
+    const char* mask = has_mask ? mask_row(p_, it_, it_.row0 + r) + key0_ * c_.mask_stride[3] * size : nullptr;
+    for (int64_t j = 0; j < kBlock; j += N) {
+      F x = V::zero();
+      const int w = static_cast<int>(smaller(N, larger(0, count_ - j)));
+      if (has_mask && w > 0)
+        x = load_mask_strided<V>(c_.mask_kind, mask + j * c_.mask_stride[3] * size, c_.mask_stride[3], w);
+      if (asked) x = V::keep_set(x, V::load_int(visible_ + r * kBlock + j));
+      V::store(bias(r) + j, x);
+    }
+    for (int64_t j = larger(0, smaller(limit, count_)); j < kBlock; ++j) bias(r)[j] = -kInf;
+    bool live = false;
+    for (int64_t j = 0; j < kBlock; j += N) live |= V::any_other(V::load(bias(r) + j), V::set1(-kInf));
     return live;
   }
 
   template <int T>
-  void score_block(const char* key, int64_t stride) {
+  void score_block(const char* key, int64_t stride, int64_t at, int64_t count) {
     int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride);
-    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride);
-    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride);
+    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride, at, count);
+    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride, at, count);
+    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride, at, count);
   }
 
   template <int T, int R>
-  void score_rows_of(int64_t r, const char* key, int64_t stride) {
+  void score_rows_of(int64_t r, const char* key, int64_t stride, int64_t at, int64_t count) {
     int64_t j = 0;
-    for (; j + 4 <= count_; j += 4) dots<T, R, 4>(r, j, key + j * stride, stride);
-    for (; j < count_; ++j) dots<T, R, 1>(r, j, key + j * stride, stride);
+    for (; j + 4 <= count; j += 4) dots<T, R, 4>(r, at + j, key + j * stride, stride);
+    for (; j < count; ++j) dots<T, R, 1>(r, at + j, key + j * stride, stride);
   }
 
   template <int T, int R, int K>
@@ -168,6 +252,7 @@ class Rows {
     for (int64_t j = 0; j < kBlock; j += N) {
       F x = V::load(s + j);
       if (masked_) x = V::add_bias(x, V::set1(p_.score_factor), V::load(bias(r) + j));
+      if (p_.has_score_mod) V::store(bias(r) + j, x);  // a score of -inf hides its key too
       V::store(s + j, x);
       top = V::max(top, x);
     }
@@ -188,7 +273,8 @@ class Rows {
   }
 
   template <int T>
-  void value_block(const char* value, int64_t stride, const float* alpha) {
+  void value_block(const char* value, int64_t stride, int64_t at, int64_t count, const float* alpha) {
+    at_ = at, run_ = count;
     for (int64_t e = 0; e < c_.Ev; e += 4 * N) {
       const int64_t left = c_.Ev - e;
       int64_t r = 0;
@@ -216,8 +302,8 @@ class Rows {
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
     value += e * size_of<T>();
-    const float* s = scores_ + r0 * kBlock;
-    for (int64_t j = 0; j < count_; ++j, value += stride) {
+    const float* s = scores_ + r0 * kBlock + at_;
+    for (int64_t j = 0; j < run_; ++j, value += stride) {
       F v[C];
       for (int c = 0; c < C; ++c) {
         if (r0 == 0) fetch_next_block(value, stride, c * N * size_of<T>());
@@ -236,19 +322,19 @@ class Rows {
   }
 
   // What zero_wild took out, for the rows that do see the key.
-  void add_wild_values(const char* value) {
-    for (int64_t j = 0; j < count_; ++j)
+  void add_wild_values(const KeyRun& run, int64_t at) {
+    for (int64_t j = 0; j < run.count; ++j)
       for (int64_t e = 0; e < c_.Ev; ++e) {
-        const float x = scalar_as_float<V, DT>(value + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        const float x = scalar_as_float<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
         if (is_finite(x)) continue;
         for (int64_t r = 0; r < rows_; ++r)
-          if (bias(r)[j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + j] * x;
+          if (bias(r)[at + j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + at + j] * x;
       }
   }
 
   void finish(int64_t r) {
     emit_state(p_, it_, r, max_[r], sum_[r]);
-    const F scale = p_.splits > 1 ? V::set1(1.0f) : V::inverse_or_zero(V::set1(sum_[r]));
+    const F scale = it_.partial ? V::set1(1.0f) : V::inverse_or_zero(V::set1(sum_[r]));
     for (int64_t e = 0; e < c_.Ev; e += N) {
       const int w = static_cast<int>(smaller(N, c_.Ev - e));
       emit_columns<V, DT>(p_, it_, r, e, V::mul(V::load(o_ + r * value_width_ + e), scale), w);

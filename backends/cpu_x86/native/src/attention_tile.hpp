@@ -4,7 +4,8 @@
 
 #include "emit.hpp"
 #include "gemm.hpp"
-#include "mask.hpp"
+#include "keys.hpp"
+#include "mods.hpp"
 
 namespace {
 
@@ -21,49 +22,71 @@ class Tile {
   const thal_attention& c_;
   int64_t panels_, words_;
   float *q_, *o_, *k_, *v_, *clean_, *scores_, *bias_, *max_, *sum_;
-  int32_t* limit_;
-  char* buffer_;
-  const char *key_base_, *value_base_;
+  int32_t *limit_, *visible_, *heads_, *positions_, *key_index_, batch_;
+  char *buffer_, *scratch_;
+  KeySource source_;
+  BlockRows blocks_;
   // The block at hand.
   int64_t key0_, count_;
+  BlockRows::State state_;  // of the whole item, by the BlockMask
+  const char *key_source_, *value_source_;
+  int64_t k_stride_[4], v_stride_[4];
   const char *keys_, *values_;
   int64_t key_stride_, value_stride_;
   bool loaded_;
   int finite_;  // are the block's values finite: -1 unknown, else 0 or 1
 
  public:
-  Tile(const Plan& p, const Item& it, char* scratch) : p_(p), it_(it), c_(p.call) {
+  Tile(const Plan& p, const Item& it, char* scratch)
+      : p_(p), it_(it), c_(p.call), batch_(static_cast<int32_t>(it.b)), scratch_(scratch), source_(p, it, kSize),
+        blocks_(p, it, scratch + p.at_blocks) {
     const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
+    const auto ints = [scratch](int64_t at) { return reinterpret_cast<int32_t*>(scratch + at); };
     q_ = floats(p.at_q), o_ = floats(p.at_o), k_ = floats(p.at_k), v_ = floats(p.at_v), clean_ = floats(p.at_clean);
     scores_ = floats(p.at_scores), bias_ = floats(p.at_bias), max_ = floats(p.at_max), sum_ = floats(p.at_sum);
-    limit_ = reinterpret_cast<int32_t*>(scratch + p.at_limit);
+    limit_ = ints(p.at_limit), visible_ = ints(p.at_visible), heads_ = ints(p.at_heads);
+    positions_ = ints(p.at_positions), key_index_ = ints(p.at_key_index);
     buffer_ = scratch + p.at_rows;
     panels_ = (it.rows + W - 1) / W;
     words_ = PAIRS ? (c_.E + 1) / 2 : c_.E;
-    key_base_ = static_cast<const char*>(c_.k) + (it.b * c_.k_stride[0] + it.kv_head * c_.k_stride[1]) * kSize;
-    value_base_ = static_cast<const char*>(c_.v) + (it.b * c_.v_stride[0] + it.kv_head * c_.v_stride[1]) * kSize;
   }
 
   void run() {
     start();
     const int64_t end = smaller(it_.key1, limit_[it_.rows - 1]);
-    for (int64_t key = it_.key0; key < end; key += thal::kKeyBlock) {
-      key0_ = key;
-      count_ = smaller(thal::kKeyBlock, end - key);
-      loaded_ = false;
-      finite_ = -1;
-      for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
+    if (c_.blocks) {
+      blocks_.visit(it_.key0, end, [this](int64_t from, int64_t to, BlockRows::State state) { visit(from, to, state); });
+    } else {
+      visit(it_.key0, end, p_.has_mask_mod ? BlockRows::kPartial : BlockRows::kFull);
     }
     for (int64_t panel = 0; panel < panels_; ++panel) finish(panel);
   }
 
  private:
+  // Keys that the BlockMask, or the want of one, puts in one state.
+  void visit(int64_t begin, int64_t end, BlockRows::State state) {
+    state_ = state;
+    for (int64_t key = begin; key < end; key += thal::kKeyBlock) {
+      key0_ = key;
+      count_ = smaller(thal::kKeyBlock, end - key);
+      loaded_ = false;
+      finite_ = -1;
+      if (p_.has_score_mod || p_.has_mask_mod)
+        for (int64_t j = 0; j < count_; ++j) key_index_[j] = static_cast<int32_t>(key + j);
+      for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
+    }
+  }
+
   void start() {
     const int64_t last = it_.row0 + it_.rows - 1;
     for (int64_t i = 0; i < panels_ * W; ++i) {
+      const int64_t row = smaller(it_.row0 + i, last);
       max_[i] = -kInf;
       sum_[i] = 0.0f;
-      limit_[i] = static_cast<int32_t>(row_limit(p_, smaller(it_.row0 + i, last)));
+      limit_[i] = static_cast<int32_t>(row_limit(p_, it_, row));
+      if (!p_.has_score_mod && !p_.has_mask_mod) continue;
+      heads_[i] = static_cast<int32_t>(it_.kv_head * p_.group + row % p_.group);
+      positions_[i] = static_cast<int32_t>(it_.sequence.first + row / p_.group);
     }
     for (int64_t i = 0; i < panels_; ++i)
       pack_query<V, DT, PAIRS, NQ>(p_, it_, it_.row0 + i * W, q_ + i * words_ * W, buffer_);
@@ -76,25 +99,43 @@ class Tile {
     return stride[3] == 1 && bytes >= 0 && bytes <= 16384 && bytes % 4096 != 0;
   }
 
+  // The block's rows as they lie, or copied together from their pages.
+  void find_block() {
+    std::memcpy(k_stride_, c_.k_stride, sizeof(k_stride_));
+    std::memcpy(v_stride_, c_.v_stride, sizeof(v_stride_));
+    const KeyRun first = source_.run(key0_, count_);
+    key_source_ = first.keys, value_source_ = first.values;
+    if (first.count == count_) return;
+    char *keys = scratch_ + p_.at_stage_k, *values = scratch_ + p_.at_stage_v;
+    key_source_ = keys, value_source_ = values;
+    for (int64_t j = 0; j < count_;) {
+      const KeyRun run = source_.run(key0_ + j, count_ - j);
+      copy_rows<kSize>(run.keys, c_.k_stride, run.count, c_.E, keys + j * c_.E * kSize);
+      copy_rows<kSize>(run.values, c_.v_stride, run.count, c_.Ev, values + j * c_.Ev * kSize);
+      j += run.count;
+    }
+    k_stride_[2] = c_.E, v_stride_[2] = c_.Ev, k_stride_[3] = v_stride_[3] = 1;
+  }
+
   void load_block() {
     loaded_ = true;
-    const char* key = key_base_ + key0_ * c_.k_stride[2] * kSize;
-    const char* value = value_base_ + key0_ * c_.v_stride[2] * kSize;
+    find_block();
+    const char *key = key_source_, *value = value_source_;
     const bool direct = PAIRS ? c_.E % 2 == 0 : DT == THAL_F32;
-    keys_ = key, key_stride_ = c_.k_stride[2] * kSize;
-    if (!direct || !in_place(c_.k_stride)) {
+    keys_ = key, key_stride_ = k_stride_[2] * kSize;
+    if (!direct || !in_place(k_stride_)) {
       if constexpr (PAIRS) {
-        copy_pair_rows(key, c_.k_stride, count_, c_.E, words_, reinterpret_cast<char*>(k_));
+        copy_pair_rows(key, k_stride_, count_, c_.E, words_, reinterpret_cast<char*>(k_));
       } else {
-        widen_rows<V, DT>(key, c_.k_stride, count_, c_.E, k_, buffer_);
+        widen_rows<V, DT>(key, k_stride_, count_, c_.E, k_, buffer_);
       }
       keys_ = reinterpret_cast<const char*>(k_), key_stride_ = words_ * 4;
     }
-    values_ = value, value_stride_ = c_.v_stride[2] * kSize;
+    values_ = value, value_stride_ = v_stride_[2] * kSize;
     if constexpr (PAIRS) {
-      zip_value_rows<V>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
-    } else if (DT != THAL_F32 || !in_place(c_.v_stride)) {
-      widen_rows<V, DT>(value, c_.v_stride, count_, c_.Ev, v_, buffer_);
+      zip_value_rows<V>(value, v_stride_, count_, c_.Ev, v_, buffer_);
+    } else if (DT != THAL_F32 || !in_place(v_stride_)) {
+      widen_rows<V, DT>(value, v_stride_, count_, c_.Ev, v_, buffer_);
     } else {
       return;
     }
@@ -107,14 +148,21 @@ class Tile {
     const int64_t n = smaller(count_, visible);
     if (n <= 0) return;
     Partial partial = limit[0] < key0_ + n ? Partial::kCausal : Partial::kNone;
-    if (c_.mask_kind != THAL_MASK_NONE) {
-      const Cover cover = fill_bias<V, NQ>(p_, it_, it_.row0 + panel * W, limit, key0_, n, bias_);
+    const bool asked = state_ == BlockRows::kMixed || (state_ == BlockRows::kPartial && p_.has_mask_mod);
+    if (c_.mask_kind != THAL_MASK_NONE || asked) {
+      const Cover cover = hide(panel, n, asked);
       if (cover == Cover::kHidden) return;
-      partial = cover == Cover::kOpen && c_.mask_kind == THAL_MASK_BOOL ? Partial::kNone : Partial::kBias;
+      partial = cover == Cover::kOpen && c_.mask_kind <= THAL_MASK_BOOL ? Partial::kNone : Partial::kBias;
     }
     if (!loaded_) load_block();
     alignas(64) float top[W], alpha[W];
     scores<V, PAIRS, NQ>(keys_, key_stride_, n, q_ + panel * words_ * W, words_, scores_, top);
+    if (p_.has_score_mod) {
+      if (partial != Partial::kBias) causal_bias<V, NQ>(limit, key0_, n, bias_);
+      partial = Partial::kBias;
+      for (int half = 0; half < W; half += thal::kLanes)
+        modify_scores(p_, indices(panel, half), n, scores_ + half, W, scratch_ + p_.at_program);
+    }
     switch (partial) {
       case Partial::kNone:
         soften<Partial::kNone>(panel, n, top, alpha);
@@ -127,6 +175,56 @@ class Tile {
         break;
     }
     add_values(panel, n, alpha, partial);
+  }
+
+  Indices indices(int64_t panel, int64_t half) const {
+    return {&batch_, heads_ + panel * W + half, positions_ + panel * W + half, key_index_};
+  }
+
+  // Biases of the panel: the causal limit, the mask, and where `asked` the mask_mod and the BlockMask.
+  Cover hide(int64_t panel, int64_t n, bool asked) {
+    const int32_t* limit = limit_ + panel * W;
+    Cover cover = Cover::kMixed;
+    if (c_.mask_kind == THAL_MASK_NONE) {
+      causal_bias<V, NQ>(limit, key0_, n, bias_);
+    } else {
+      cover = fill_bias<V, NQ>(p_, it_, it_.row0 + panel * W, limit, key0_, n, bias_);
+      if (cover == Cover::kHidden) return cover;
+    }
+    return asked ? ask(panel, n) : cover;
+  }
+
+  Cover ask(int64_t panel, int64_t n) {
+    if (p_.has_mask_mod) {
+      for (int half = 0; half < W; half += thal::kLanes)
+        ask_mask(p_, indices(panel, half), n, visible_ + half, W, scratch_ + p_.at_program);
+    } else {
+      for (int64_t i = 0; i < n * W; ++i) visible_[i] = 1;
+    }
+    if (state_ == BlockRows::kMixed) ask_blocks(panel, n);
+    F not_hidden = V::zero(), not_open = V::zero();
+    const F hidden = V::set1(-kInf);
+    for (int64_t i = 0; i < n * W; i += V::N) {
+      const F x = V::keep_set(V::load(bias_ + i), V::load_int(visible_ + i));
+      not_hidden = V::or_bits(not_hidden, V::xor_bits(x, hidden));
+      not_open = V::or_bits(not_open, x);
+      V::store(bias_ + i, x);
+    }
+    if (!V::any_bits(not_hidden)) return Cover::kHidden;
+    return V::any_bits(not_open) ? Cover::kMixed : Cover::kOpen;
+  }
+
+  // Rows for which the block is empty or full take no notice of the mask_mod.
+  void ask_blocks(int64_t panel, int64_t n) {
+    const int64_t last = it_.row0 + it_.rows - 1;
+    int32_t keep[W], add[W];
+    for (int lane = 0; lane < W; ++lane) {
+      const auto state = blocks_.state(smaller(it_.row0 + panel * W + lane, last), key0_);
+      keep[lane] = state == BlockRows::kPartial ? -1 : 0;
+      add[lane] = state == BlockRows::kFull ? 1 : 0;
+    }
+    for (int64_t j = 0; j < n; ++j)
+      for (int lane = 0; lane < W; ++lane) visible_[j * W + lane] = (visible_[j * W + lane] & keep[lane]) | add[lane];
   }
 
   // Scores to weights in place (bf16 pairs of keys where the product wants them), with the running maximum and sum.
@@ -159,7 +257,9 @@ class Tile {
       if constexpr (P == Partial::kCausal) {
         x = V::keep_below(x, limit, static_cast<int32_t>(key0_ + j));
       } else {
-        x = V::add_bias(x, factor, V::load(bias_ + j * W + q * V::N));
+        float* bias = bias_ + j * W + q * V::N;
+        x = V::add_bias(x, factor, V::load(bias));
+        if (p_.has_score_mod) V::store(bias, x);  // a score of -inf hides its key too
       }
       V::store(s + j * W, x);
       top = V::max(top, x);
@@ -201,10 +301,10 @@ class Tile {
   void add_values(int64_t panel, int64_t n, const float* alpha, Partial partial) {
     float* o = o_ + panel * W * c_.Ev;
     const int64_t depth = PAIRS ? (n + 1) / 2 : n;
-    const char* source = value_base_ + key0_ * c_.v_stride[2] * kSize;
+    const char* source = value_source_;
     // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour.
     const bool exposed = partial != Partial::kNone || (PAIRS && n % 2 != 0 && n != count_);
-    if (exposed && finite_ < 0) finite_ = all_finite<V, DT>(source, c_.v_stride, count_, c_.Ev, buffer_);
+    if (exposed && finite_ < 0) finite_ = all_finite<V, DT>(source, v_stride_, count_, c_.Ev, buffer_);
     if (!exposed || finite_ == 1) {
       weighted_values<V, PAIRS, NQ>(values_, value_stride_, c_.Ev, scores_, depth, o, alpha);
       return;
@@ -217,12 +317,12 @@ class Tile {
   // The block's values with 0 in place of what is not finite, see zero_wild.
   void load_clean_values(const char* source) {
     if constexpr (PAIRS) {
-      zip_value_rows<V>(source, c_.v_stride, count_, c_.Ev, clean_, buffer_);
+      zip_value_rows<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
       auto* words = reinterpret_cast<uint16_t*>(clean_);
       for (int64_t i = 0; i < (count_ + 1) / 2 * c_.Ev * 2; ++i)
         if ((words[i] & 0x7f80) == 0x7f80) words[i] = 0;
     } else {
-      widen_rows<V, DT>(source, c_.v_stride, count_, c_.Ev, clean_, buffer_);
+      widen_rows<V, DT>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
       zero_wild(clean_, count_ * c_.Ev);
     }
   }
@@ -231,7 +331,7 @@ class Tile {
   void add_wild_values(const char* source, int64_t panel, int64_t n, float* o, Partial partial) {
     for (int64_t j = 0; j < n; ++j)
       for (int64_t e = 0; e < c_.Ev; ++e) {
-        const float x = scalar_as_float<V, DT>(source + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        const float x = scalar_as_float<V, DT>(source + (j * v_stride_[2] + e * v_stride_[3]) * kSize);
         if (is_finite(x)) continue;
         for (int lane = 0; lane < W; ++lane)
           if (live(panel, j, lane, partial)) o[e * W + lane] += weight_at(j, lane) * x;
@@ -260,7 +360,7 @@ class Tile {
     for (int q = 0; q < NQ; ++q) {
       const int64_t first = row0 + q * V::N;
       const int64_t rows = smaller(V::N, it_.rows - first);
-      const F scale = p_.splits > 1 ? V::set1(1.0f) : V::inverse_or_zero(V::load(sum_ + first));
+      const F scale = it_.partial ? V::set1(1.0f) : V::inverse_or_zero(V::load(sum_ + first));
       for (int64_t e = 0; e < c_.Ev && rows > 0; e += V::N) {
         const int w = static_cast<int>(smaller(V::N, c_.Ev - e));
         F t[V::N];
@@ -274,10 +374,10 @@ class Tile {
 
 template <class V, int DT, bool PAIRS>
 void run_tile(const Plan& p, const Item& it, char* scratch) {
-  if (p.panel == V::N) {
-    Tile<V, DT, PAIRS, 1>(p, it, scratch).run();
-  } else {
+  if (p.panel > V::N) {
     Tile<V, DT, PAIRS, 2>(p, it, scratch).run();
+  } else {
+    Tile<V, DT, PAIRS, 1>(p, it, scratch).run();
   }
 }
 

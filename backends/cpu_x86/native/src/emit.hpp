@@ -1,4 +1,4 @@
-// Writing finished rows: normalised into the output tensor, or as they are into a partial result of a split call.
+// Writing finished rows: normalised into the output tensor, or as they are into a partial result of a split tile.
 #pragma once
 
 #include <math.h>
@@ -8,31 +8,31 @@
 namespace {
 
 // The partial result of one item: rows x Ev unnormalised sums, then per row its maximum and its sum of weights.
-inline float* partial_maxima(const Plan& p, int64_t item) { return p.partial(item) + p.tile_rows * p.call.Ev; }
+inline float* partial_maxima(const Plan& p, const Item& it) { return it.partial + p.tile_rows * p.call.Ev; }
 
 inline void emit_state(const Plan& p, const Item& it, int64_t i, float max, float sum) {
-  if (p.splits > 1) {
-    float* maxima = partial_maxima(p, it.index);
+  if (it.partial) {
+    float* maxima = partial_maxima(p, it);
     maxima[i] = max;
     maxima[p.tile_rows + i] = sum;
   } else if (p.call.lse) {
     const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
     const auto* s = p.call.lse_stride;
-    p.call.lse[it.b * s[0] + h * s[1] + l * s[2]] = sum == 0.0f ? -kInf : max * p.lse_factor + ::logf(sum);
+    p.call.lse[it.sequence.lse + h * s[1] + l * s[2]] = sum == 0.0f ? -kInf : max * p.lse_factor + ::logf(sum);
   }
 }
 
-// Columns [e, e + w) of row i. `x` is already normalised unless the call is split.
+// Columns [e, e + w) of row i. `x` is already normalised unless the tile's keys are split.
 template <class V, int DT>
 inline void emit_columns(const Plan& p, const Item& it, int64_t i, int64_t e, typename V::F x, int w) {
-  if (p.splits > 1) {
-    V::template store_part<THAL_F32>(p.partial(it.index) + i * p.call.Ev + e, x, w);
+  if (it.partial) {
+    V::template store_part<THAL_F32>(it.partial + i * p.call.Ev + e, x, w);
     return;
   }
   constexpr int64_t size = size_of<DT>();
   const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
   const auto* s = p.call.out_stride;
-  char* out = static_cast<char*>(p.call.out) + (it.b * s[0] + h * s[1] + l * s[2] + e * s[3]) * size;
+  char* out = static_cast<char*>(p.call.out) + (it.sequence.out + h * s[1] + l * s[2] + e * s[3]) * size;
   if (s[3] == 1) {
     V::template store_part<DT>(out, x, w);
     return;

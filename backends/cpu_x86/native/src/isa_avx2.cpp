@@ -9,4 +9,5 @@ const thal::Isa thal::kAvx2 = {
     {run_tile<Vec256, THAL_F32, false>, run_tile<Vec256, THAL_BF16, false>, run_tile<Vec256, THAL_F16, false>},
     {run_rows<Vec256, THAL_F32>, run_rows<Vec256, THAL_BF16>, run_rows<Vec256, THAL_F16>},
     fma_flops<Vec256>,
+    run_program,
 };

@@ -9,4 +9,5 @@ const thal::Isa thal::kAvx512 = {
     {run_tile<Vec512, THAL_F32, false>, run_tile<Vec512, THAL_BF16, false>, run_tile<Vec512, THAL_F16, false>},
     {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>},
     fma_flops<Vec512>,
+    run_program,
 };

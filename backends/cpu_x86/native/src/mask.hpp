@@ -35,12 +35,13 @@ inline const char* mask_row(const Plan& p, const Item& it, int64_t row) {
   const auto& c = p.call;
   const int64_t l = row / p.group, h = it.kv_head * p.group + row % p.group;
   return static_cast<const char*>(c.mask) +
-         (it.b * c.mask_stride[0] + h * c.mask_stride[1] + l * c.mask_stride[2]) * mask_size(c.mask_kind);
+         (it.sequence.mask + h * c.mask_stride[1] + l * c.mask_stride[2]) * mask_size(c.mask_kind);
 }
 
 // Number of keys row `row` may see.
-inline int64_t row_limit(const Plan& p, int64_t row) {
-  return p.call.is_causal ? smaller(p.call.S, row / p.group + 1) : p.call.S;
+inline int64_t row_limit(const Plan& p, const Item& it, int64_t row) {
+  const thal::Sequence& s = it.sequence;
+  return p.call.is_causal ? larger(0, smaller(s.S, s.first + row / p.group + 1)) : s.S;
 }
 
 enum class Cover { kHidden, kMixed, kOpen };  // every bias is -inf, or some are not 0, or all are 0
@@ -82,6 +83,15 @@ Cover fill_bias(const Plan& p, const Item& it, int64_t row0, const int32_t* limi
   }
   if (!V::any_bits(not_hidden)) return Cover::kHidden;
   return V::any_bits(not_open) ? Cover::kMixed : Cover::kOpen;
+}
+
+// The causal limit alone.
+template <class V, int NQ>
+void causal_bias(const int32_t* limit, int64_t key0, int64_t n, float* bias) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int half = 0; half < NQ; ++half)
+      V::store(bias + (j * NQ + half) * V::N,
+               V::keep_below(V::zero(), V::load_int(limit + half * V::N), static_cast<int32_t>(key0 + j)));
 }
 
 }  // namespace

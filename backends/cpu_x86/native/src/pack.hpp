@@ -148,7 +148,7 @@ void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char*
   constexpr int64_t size = size_of<DT>();
   const auto& c = p.call;
   const int64_t words = PAIRS ? (c.E + 1) / 2 : c.E;
-  const char* base = static_cast<const char*>(c.q) + it.b * c.q_stride[0] * size;
+  const char* base = static_cast<const char*>(c.q) + it.sequence.q * size;
   for (int half = 0; half < NQ; ++half) {
     const char* rows[V::N];
     for (int i = 0; i < V::N; ++i) {

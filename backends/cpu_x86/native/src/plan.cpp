@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 namespace thal {
 namespace {
@@ -28,39 +29,62 @@ int check(const thal_attention& c) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int decode_one(const thal_function& f, const Span* spans, int64_t inputs, Type wanted, Program& program) {
+  if (const int code = decode(f.words, f.count, spans, inputs, wanted, program)) return code;
+  for (int64_t i = 0; i < inputs; ++i)  // a score_mod's first input is the score, and all others are indices
+    if (program.inputs[i] != (inputs == 5 && i == 0 ? Type::kF32 : Type::kI32)) return THAL_BAD_PROGRAM;
+  return fit(program, f.captured, f.captured_count) ? THAL_OK : THAL_BAD_PROGRAM;
+}
+
+// Of each row of the item: one byte for each key block, one more row for positions before 0, and their summary.
+int64_t block_table_bytes(const Plan& p, int64_t rows) {
+  return (rows + 2) * ceil_div(std::max<int64_t>(p.most_keys, 1), p.call.blocks->block_keys);
+}
+
+// The inputs of a score_mod, or all but the first of a mask_mod. The tile kernel's lanes are query rows and its rows are
+// keys; the row kernel's lanes are keys, and each of its rows is a part of a query row.
+int decode_functions(Plan& p) {
+  const thal_attention& c = p.call;
+  const Span tile[] = {Span::kBlock, Span::kOne, Span::kLanes, Span::kLanes, Span::kRows};
+  const Span row[] = {Span::kBlock, Span::kOne, Span::kRows, Span::kRows, Span::kBlock};
+  const Span* spans = p.row_kernel ? row : tile;
+  int code = THAL_OK;
+  if (p.has_score_mod) code = decode_one(*c.score_mod, spans, 5, Type::kF32, p.score_mod);
+  if (!code && p.has_mask_mod) code = decode_one(*c.mask_mod, spans + 1, 4, Type::kBool, p.mask_mod);
+  return code;
+}
+
 void set_factors(Plan& p) {
   const thal_attention& c = p.call;
   const double log2e = 1.4426950408889634;
-  const bool additive = c.mask_kind > THAL_MASK_BOOL;
+  const bool natural = c.mask_kind > THAL_MASK_BOOL || p.has_score_mod;  // the scores themselves are needed
   const float size = std::fabs(c.scale);
   const bool plain = std::isfinite(c.scale) && size * 1.4426950f >= 1.1754944e-38f && std::isfinite(size * 1.4426951f);
   // A positive factor keeps the order of scores, so the sign of the scale goes into the query, which is exact.
-  p.query_factor = plain ? (c.scale < 0 ? -1.0f : 1.0f) : c.scale;
-  p.score_factor = additive && plain ? size : 1.0f;
-  p.lse_factor = plain && !additive ? size : 1.0f;
+  p.query_factor = p.has_score_mod ? 1.0f : plain ? (c.scale < 0 ? -1.0f : 1.0f) : c.scale;
+  p.score_factor = natural && plain && !p.has_score_mod ? size : 1.0f;
+  p.lse_factor = plain && !natural ? size : 1.0f;
   p.exp_factor = static_cast<float>(p.lse_factor * log2e);
 }
 
-void set_tiles(Plan& p, const Isa& isa) {
+void set_tiles(Plan& p) {
   const thal_attention& c = p.call;
-  p.lanes = isa.lanes;
-  p.group = c.Hkv ? c.Hq / c.Hkv : 0;
-  p.rows = p.group * c.L;
+  p.lanes = p.isa->lanes;
   // Up to half a vector of rows, filling lanes with rows would waste more than sums along the head dimension cost.
-  p.row_kernel = p.rows <= p.lanes / 2;
-  p.panel = p.rows <= p.lanes ? p.lanes : 2 * p.lanes;
+  p.row_kernel = p.most_rows <= p.lanes / 2;
+  p.panel = p.most_rows <= p.lanes ? p.lanes : 2 * p.lanes;
+  // The machine for captured functions works on whole rows.
+  if (p.has_score_mod || p.asks()) p.panel = std::max(p.panel, kLanes);
   // 128 rows share each pass over keys and values; query and sums of 128 rows fill half an L2 at E = Ev = 192.
   const int64_t most = c.E + c.Ev > 384 ? 64 : 128;
-  p.tile_rows = p.row_kernel ? std::max<int64_t>(p.rows, 1) : std::min(most, ceil_div(p.rows, p.panel) * p.panel);
-  p.tiles = ceil_div(p.rows, p.tile_rows);
-  const int64_t parts = c.B * c.Hkv * p.tiles;
+  p.tile_rows = p.row_kernel ? std::max<int64_t>(p.most_rows, 1) : std::min(most, ceil_div(p.most_rows, p.panel) * p.panel);
+  int64_t parts = 0;
+  for (int64_t i = 0; i < p.sequence_count(); ++i)
+    parts += (c.ragged ? 1 : c.B) * c.Hkv * ceil_div(p.sequences()[i].L * p.group, p.tile_rows);
   // About 64 items keep many cores busy; a range below 512 keys would not pay for merging.
-  const int64_t wanted = parts > 0 ? std::min(ceil_div(64, parts), std::max<int64_t>(1, c.S / 512)) : 1;
+  const int64_t wanted = parts > 0 ? std::min(ceil_div(64, parts), std::max<int64_t>(1, p.most_keys / 512)) : 1;
   const int64_t block = p.row_kernel ? kRowKeyBlock : kKeyBlock;
-  p.split_keys = std::max<int64_t>(ceil_div(ceil_div(c.S, wanted), block) * block, 1);
-  p.splits = std::max<int64_t>(1, ceil_div(c.S, p.split_keys));
-  p.items = parts * p.splits;
-  p.partial_floats = p.splits > 1 ? ceil_div(p.tile_rows * (c.Ev + 2), 16) * 16 : 0;
+  p.split_keys = std::max<int64_t>(ceil_div(ceil_div(p.most_keys, wanted), block) * block, 1);
 }
 
 void set_scratch(Plan& p) {
@@ -86,6 +110,17 @@ void set_scratch(Plan& p) {
   p.at_sum = take(rows * 4);
   p.at_limit = take(rows * 4);
   p.at_rows = take(p.lanes * (std::max(c.E, c.Ev) + 1) * 4);
+  const bool functions = p.has_score_mod || p.asks();
+  p.at_program = take(std::max(p.score_mod.bytes, p.mask_mod.bytes));
+  p.at_visible = take(p.asks() ? block * lanes * 4 : 0);
+  p.at_heads = take(functions ? 4 * rows * 4 : 0);
+  p.at_positions = take(functions ? 4 * rows * 4 : 0);
+  p.at_key_index = take(functions ? (p.row_kernel ? block * rows : ceil_div(block, kLanes) * kLanes) * 4 : 0);
+  p.at_blocks = take(c.blocks ? block_table_bytes(p, rows) : 0);
+  const bool staged = c.ragged && c.ragged->lengths && !p.row_kernel;
+  const int64_t size = c.dtype == THAL_F32 ? 4 : 2;
+  p.at_stage_k = take(staged ? block * c.E * size : 0);
+  p.at_stage_v = take(staged ? block * c.Ev * size : 0);
   p.scratch_bytes = at;
 }
 
@@ -95,15 +130,20 @@ int64_t make_plan(const thal_attention& call, Plan& p) {
   if (call.struct_size != sizeof(thal_attention)) return -THAL_BAD_STRUCT;
   if (const int code = check(call)) return -code;
   const int32_t isa = call.isa == THAL_ISA_AUTO ? thal_get_isa(call.dtype) : call.isa;
-  const Isa* found = find_isa(isa);
-  if (!found) return -THAL_BAD_ISA;
+  p.isa = find_isa(isa);
+  if (!p.isa) return -THAL_BAD_ISA;
   p.call = call;
   p.call.isa = isa;
+  p.group = call.Hkv ? call.Hq / call.Hkv : 0;
+  p.has_score_mod = call.score_mod, p.has_mask_mod = call.mask_mod;
+  if (const int code = make_sequences(p)) return -code;
   set_factors(p);
-  set_tiles(p, *found);
+  set_tiles(p);
+  if (const int code = decode_functions(p)) return -code;
+  number_items(p);
   set_scratch(p);
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(call.num_threads, p.items));
-  return 64 + workers * p.scratch_bytes + (p.splits > 1 ? p.items * p.partial_floats * 4 : 0);
+  return 64 + workers * p.scratch_bytes + p.partial_count * p.partial_floats * 4;
 }
 
 }  // namespace thal
@@ -123,8 +163,12 @@ extern "C" int32_t thal_get_isa(int32_t dtype) {
 
 extern "C" int64_t thal_attention_workspace(const thal_attention* call) {
   if (!call) return -THAL_BAD_POINTER;
-  thal::Plan plan;
-  return thal::make_plan(*call, plan);
+  try {
+    thal::Plan plan;
+    return thal::make_plan(*call, plan);
+  } catch (const std::bad_alloc&) {
+    return -THAL_NO_MEMORY;
+  }
 }
 
 extern "C" int32_t thal_interface_version(void) { return THAL_INTERFACE_VERSION; }
@@ -149,6 +193,15 @@ extern "C" const char* thal_error_text(int code) {
       return "num_threads must be at least 1, and above 1 needs a parallel callback";
     case THAL_PARALLEL_FAILED:
       return "the parallel callback reported failure";
+    case THAL_BAD_PROGRAM:
+      return "not a program of this version, or operands that do not fit it";
+    case THAL_BAD_LENGTHS:
+      return "cumulative lengths must start at 0, never decrease and end at the number of tokens, and lengths must fit "
+             "the page table";
+    case THAL_BAD_PAGES:
+      return "a used entry of the page table names a page that does not exist";
+    case THAL_BAD_BLOCKS:
+      return "the BlockMask must cover every query position, be for 1 or Hq heads and for 1 or B sequences";
     case THAL_NO_MEMORY:
       return "out of memory";
     default:

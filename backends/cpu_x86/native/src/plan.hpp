@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "torchhal_cpu_x86.h"
+#include "program.hpp"
 
 namespace thal {
 
@@ -13,35 +13,59 @@ constexpr int64_t kKeyBlock = 120;
 // Keys per block of the row (decode) kernel: whole vectors of scores, K and V stream through L1 once.
 constexpr int64_t kRowKeyBlock = 64;
 
+struct Isa;
+
+// One sequence of a call: its lengths, where its tensors begin, and its share of the items.
+struct Sequence {
+  int64_t b, L, S;
+  int64_t first;                  // position of query row 0: what a score_mod is told, and what is_causal compares
+  int64_t q, k, v, out, lse, mask;  // elements from the tensors' beginnings
+  int64_t tiles, splits;            // items for each kv head: tiles * splits
+  int64_t item0, part0, partial0;   // numbers of its first item, first part (all splits of a tile) and first partial
+};
+
 struct Plan {
   thal_attention call;
+  const Isa* isa;
   int64_t group;       // query heads per key/value head
-  int64_t rows;        // group * L, numbered row = l * group + g, so tiles of rows have narrow causal limits
+  int64_t most_rows;   // of a sequence: group * L, numbered row = l * group + g, so tiles have narrow causal limits
+  int64_t most_keys;
   int64_t lanes;       // float32 lanes per vector of the chosen instruction set
   int64_t panel;       // query rows per register panel
   int64_t tile_rows;   // query rows per item
-  int64_t tiles;       // items per (batch, kv head) and split
-  int64_t splits;      // key ranges per tile; depends on sizes only
-  int64_t split_keys;  // keys per range
-  int64_t items;
+  int64_t split_keys;  // keys per item, where a tile's keys are split; depends on sizes only
+  int64_t items, parts;
   bool row_kernel;     // few query rows: vectors run along the head dimension
   float query_factor;  // multiplied into the query: the sign of the scale, or the scale itself where it is 0 or not finite
   float exp_factor;    // weight = 2^((x - max) * exp_factor) for a score x as kept in the tile
   float score_factor;  // score as kept = dot * score_factor + additive mask
   float lse_factor;    // natural-log score = x * lse_factor
+  Program score_mod, mask_mod;
+  bool has_score_mod, has_mask_mod;
+
+  // One for each sequence of a ragged call. Of any other call one that stands for all: they differ in b and offsets.
+  std::vector<Sequence> ragged;
+  Sequence uniform;
+  Sequence* sequences() { return call.ragged ? ragged.data() : &uniform; }
+  const Sequence* sequences() const { return call.ragged ? ragged.data() : &uniform; }
+  int64_t sequence_count() const { return call.ragged ? static_cast<int64_t>(ragged.size()) : 1; }
 
   // Byte offsets inside one thread's scratch.
-  int64_t at_q, at_o, at_k, at_v, at_clean, at_scores, at_bias, at_max, at_sum, at_limit, at_rows, scratch_bytes;
-  // Partial results of split calls: per item tile_rows x Ev sums, then maxima and weights of the rows.
-  int64_t partial_floats;
+  int64_t at_q, at_o, at_k, at_v, at_clean, at_scores, at_bias, at_max, at_sum, at_limit, at_rows;
+  int64_t at_program, at_visible, at_heads, at_positions, at_key_index, at_blocks, at_stage_k, at_stage_v;
+  int64_t scratch_bytes;
+  // Partial results of split tiles: per item tile_rows x Ev sums, then maxima and weights of the rows.
+  int64_t partial_floats, partial_count;
   char* scratch;
   float* partials;
 
-  float* partial(int64_t item) const { return partials + item * partial_floats; }
+  bool asks() const { return has_mask_mod || call.blocks; }  // whether keys are hidden by a function or a BlockMask
 };
 
 struct Item {
-  int64_t index, b, kv_head, row0, rows, key0, key1;
+  int64_t b, kv_head, row0, rows, key0, key1;
+  Sequence sequence;
+  float* partial;  // null unless the tile's keys are split
 };
 
 struct Isa {
@@ -50,6 +74,7 @@ struct Isa {
   void (*run_tile[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
   void (*run_rows[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
+  void (*run_program)(const Program&, const Frame&);
 };
 
 extern const Isa kAvx2;
@@ -57,6 +82,11 @@ extern const Isa kAvx512;
 extern const Isa kAvx512Bf16;
 
 const Isa* find_isa(int32_t isa);  // null when unsupported here
-int64_t make_plan(const thal_attention& call, Plan& plan);  // workspace bytes, or -code
+int64_t make_plan(const thal_attention& call, Plan& plan);  // workspace bytes, or -code; may throw std::bad_alloc
+int make_sequences(Plan& plan);                             // lengths and offsets of each sequence
+void number_items(Plan& plan);                              // once tiles and splits are known
+Item item_at(const Plan& plan, int64_t index);
+Item part_at(const Plan& plan, int64_t part);  // the first split of a tile
+int run_plan(Plan& plan, void* workspace);     // of as many bytes as make_plan said
 
 }  // namespace thal

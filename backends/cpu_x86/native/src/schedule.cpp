@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "plan.hpp"
 
@@ -21,22 +22,6 @@ struct Run {
   int64_t count;
   void (*step)(Run&, int64_t i, char* scratch);
 };
-
-// Consecutive items share keys and values. Within a head the last tiles come first: under a causal limit they are the
-// heaviest, and whatever a thread starts last should be light.
-Item item_at(const Plan& p, int64_t index) {
-  Item it;
-  it.index = index;
-  const int64_t split = index % p.splits, part = index / p.splits;
-  const int64_t tile = p.tiles - 1 - part % p.tiles, head = part / p.tiles;
-  it.kv_head = head % p.call.Hkv;
-  it.b = head / p.call.Hkv;
-  it.row0 = tile * p.tile_rows;
-  it.rows = std::min(p.tile_rows, p.rows - it.row0);
-  it.key0 = split * p.split_keys;
-  it.key1 = std::min(p.call.S, it.key0 + p.split_keys);
-  return it;
-}
 
 void run_item(Run& run, int64_t i, char* scratch) {
   const Item it = item_at(run.plan, i);
@@ -74,36 +59,38 @@ void store(int32_t dtype, void* base, int64_t at, float x) {
   if (dtype == THAL_F16) static_cast<uint16_t*>(base)[at] = to_f16(x);
 }
 
-// Row i of the tile whose first split is item `first`; `sums` has room for Ev floats.
-void merge_row(const Plan& p, int64_t first, int64_t i, const Item& it, float* sums) {
+// Row i of a tile, from its first split on; `sums` has room for Ev floats.
+void merge_row(const Plan& p, int64_t i, const Item& it, float* sums) {
   const thal_attention& c = p.call;
   constexpr float inf = std::numeric_limits<float>::infinity();
-  const auto state = [&](int64_t s) { return p.partial(first + s) + p.tile_rows * c.Ev; };
+  const int64_t splits = it.sequence.splits;
+  const auto partial = [&](int64_t s) { return it.partial + s * p.partial_floats; };
+  const auto state = [&](int64_t s) { return partial(s) + p.tile_rows * c.Ev; };
   float top = -inf;
-  for (int64_t s = 0; s < p.splits; ++s) top = std::max(top, state(s)[i]);
+  for (int64_t s = 0; s < splits; ++s) top = std::max(top, state(s)[i]);
   const float safe = top == -inf ? 0.0f : top;
   std::fill(sums, sums + c.Ev, 0.0f);
   float total = 0.0f;
-  for (int64_t s = 0; s < p.splits; ++s) {
+  for (int64_t s = 0; s < splits; ++s) {
     const float weight = std::exp2((state(s)[i] - safe) * p.exp_factor), sum = state(s)[p.tile_rows + i];
     if (sum == 0.0f) continue;  // no live key in this range
     total += weight * sum;
-    const float* o = p.partial(first + s) + i * c.Ev;
+    const float* o = partial(s) + i * c.Ev;
     for (int64_t e = 0; e < c.Ev; ++e) sums[e] += weight * o[e];
   }
   const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  const int64_t at = it.b * c.out_stride[0] + h * c.out_stride[1] + l * c.out_stride[2];
+  const int64_t at = it.sequence.out + h * c.out_stride[1] + l * c.out_stride[2];
   for (int64_t e = 0; e < c.Ev; ++e) store(c.dtype, c.out, at + e * c.out_stride[3], sums[e] * inverse);
   if (c.lse)
-    c.lse[it.b * c.lse_stride[0] + h * c.lse_stride[1] + l * c.lse_stride[2]] =
+    c.lse[it.sequence.lse + h * c.lse_stride[1] + l * c.lse_stride[2]] =
         total == 0.0f ? -inf : safe * p.lse_factor + std::log(total);
 }
 
 void merge_part(Run& run, int64_t part, char* scratch) {
-  const int64_t first = part * run.plan.splits;
-  const Item it = item_at(run.plan, first);
-  for (int64_t i = 0; i < it.rows; ++i) merge_row(run.plan, first, i, it, reinterpret_cast<float*>(scratch));
+  const Item it = part_at(run.plan, part);
+  if (!it.partial) return;
+  for (int64_t i = 0; i < it.rows; ++i) merge_row(run.plan, i, it, reinterpret_cast<float*>(scratch));
 }
 
 void work(int64_t worker, void* ctx) {
@@ -121,32 +108,51 @@ int run_all(const Plan& p, const Isa& isa, int64_t count, int64_t workers, void 
   return p.call.parallel(workers, work, &run, p.call.parallel_user) ? THAL_PARALLEL_FAILED : THAL_OK;
 }
 
-bool pointers_missing(const thal_attention& c) {
-  if (c.B == 0 || c.Hq == 0 || c.L == 0) return false;
+bool pointers_missing(const Plan& p) {
+  const thal_attention& c = p.call;
   if ((c.Ev > 0 && !c.out) || !c.q) return true;
-  return c.S > 0 && (!c.k || (c.Ev > 0 && !c.v) || (c.mask_kind != THAL_MASK_NONE && !c.mask));
+  return p.most_keys > 0 && (!c.k || (c.Ev > 0 && !c.v) || (c.mask_kind != THAL_MASK_NONE && !c.mask));
 }
 
 }  // namespace
 }  // namespace thal
 
-extern "C" int thal_attention_run(const thal_attention* call) {
-  using namespace thal;
-  if (!call) return THAL_BAD_POINTER;
-  Plan plan;
-  const int64_t needed = make_plan(*call, plan);
-  if (needed < 0) return static_cast<int>(-needed);
-  if (pointers_missing(*call)) return THAL_BAD_POINTER;
+namespace {
+
+double work_of(const thal::Plan& p) {
+  double pairs = 0;
+  for (int64_t i = 0; i < p.sequence_count(); ++i)
+    pairs += static_cast<double>(p.sequences()[i].L) * static_cast<double>(p.sequences()[i].S);
+  const int64_t heads = p.call.Hq * (p.call.ragged ? 1 : p.call.B);
+  return pairs * static_cast<double>(heads) * static_cast<double>(p.call.E + p.call.Ev);
+}
+
+}  // namespace
+
+namespace thal {
+
+int run_plan(Plan& plan, void* workspace) {
   if (plan.items == 0) return THAL_OK;
-  if (!call->workspace || call->workspace_size < needed) return THAL_BAD_WORKSPACE;
-  const double work_done = static_cast<double>(call->B * call->Hq) * static_cast<double>(call->L) *
-                           static_cast<double>(call->S) * static_cast<double>(call->E + call->Ev);
-  const int64_t reserved = std::max<int64_t>(1, std::min<int64_t>(call->num_threads, plan.items));
-  const int64_t workers = work_done < kSerialWork ? 1 : reserved;
-  plan.scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(call->workspace) + 63) & ~uintptr_t{63});
+  if (pointers_missing(plan)) return THAL_BAD_POINTER;
+  if (!workspace) return THAL_BAD_WORKSPACE;
+  const int64_t reserved = std::max<int64_t>(1, std::min<int64_t>(plan.call.num_threads, plan.items));
+  const int64_t workers = work_of(plan) < kSerialWork ? 1 : reserved;
+  plan.scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t{63});
   plan.partials = reinterpret_cast<float*>(plan.scratch + reserved * plan.scratch_bytes);
-  const Isa& isa = *find_isa(plan.call.isa);
-  if (const int code = run_all(plan, isa, plan.items, workers, run_item)) return code;
-  if (plan.splits == 1) return THAL_OK;
-  return run_all(plan, isa, plan.items / plan.splits, workers, merge_part);
+  if (const int code = run_all(plan, *plan.isa, plan.items, workers, run_item)) return code;
+  return plan.partial_count ? run_all(plan, *plan.isa, plan.parts, workers, merge_part) : THAL_OK;
+}
+
+}  // namespace thal
+
+extern "C" int thal_attention_run(const thal_attention* call) {
+  if (!call) return THAL_BAD_POINTER;
+  try {
+    thal::Plan plan;
+    const int64_t needed = thal::make_plan(*call, plan);
+    if (needed < 0) return static_cast<int>(-needed);
+    return thal::run_plan(plan, call->workspace_size < needed ? nullptr : call->workspace);
+  } catch (const std::bad_alloc&) {
+    return THAL_NO_MEMORY;
+  }
 }

@@ -1,32 +1,22 @@
-// The dispatcher operators torchhal_cpu_x86::attention, attention_lse, masked_attention, masked_attention_lse.
-//
-// A boxed kernel owns the tensor handles on its stack and must release them on every path; an error is raised, after
-// that, through torch's own check function, so that it reaches Python as an ordinary exception.
+// The dispatcher operators torchhal_cpu_x86::attention, attention_lse, masked_attention, masked_attention_lse, and the
+// registration of all operators.
 #ifndef _WIN32
 #include <pthread.h>
 #endif
 
-#include <algorithm>
 #include <atomic>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <new>
-#include <string>
 
-#include "plan.hpp"
-#include "strides.hpp"
-#include "torch_shim.hpp"
+#include "torch_call.hpp"
+
+namespace thal {
+TorchShim torch;
+}  // namespace thal
 
 namespace {
 
-using thal::Tensor;
-
-thal::TorchShim torch;
+using thal::torch;
 bool registered = false;
-
-// OpenMP's threads do not survive a fork, and a child of a process that has used them hangs in its first parallel
-// region, in torch's own kernels too. So a forked child computes on its one thread.
 std::atomic<bool> forked{false};
 
 void watch_forks() {
@@ -46,100 +36,29 @@ constexpr int32_t kOptional = 2;  // the last ones
 // torch 2.10.0, in the encoding of torch/headeronly/version.h: the release whose calling convention is used here.
 constexpr uint64_t kBuiltFor = 2ull << 56 | 10ull << 48;
 
-// Kept per thread between calls, since allocating and faulting in a megabyte costs more than a small call; larger ones
-// are given back after the call.
-class Workspace {
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-  static constexpr int64_t kKeep = int64_t{64} << 20;
-
- public:
-  ~Workspace() { std::free(memory_); }
-  void* get(int64_t size) {
-    if (size <= size_) return memory_;
-    std::free(memory_);
-    memory_ = std::malloc(static_cast<size_t>(size));
-    size_ = memory_ ? size : 0;
-    return memory_;
-  }
-  void trim() {
-    if (size_ <= kKeep) return;
-    std::free(memory_);
-    memory_ = nullptr;
-    size_ = 0;
-  }
-};
-thread_local Workspace workspace;
-
-struct View {
-  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = -1;
-  void* data = nullptr;
-};
-
-class Call {
-  uint64_t* stack_;
+class Call : thal::TorchCall {
   bool masked_, lse_;
   int inputs_;  // tensors among the arguments
-  View view_[4];
-  Tensor results_[2] = {nullptr, nullptr};
-  char message_[512] = "";
+  thal::View view_[4];
 
  public:
-  Call(uint64_t* stack, bool masked, bool lse) : stack_(stack), masked_(masked), lse_(lse), inputs_(masked ? 4 : 3) {}
+  Call(uint64_t* stack, bool masked, bool lse)
+      : TorchCall(stack, std::string(masked ? "masked_" : "") + "attention" + (lse ? "_lse" : "")),
+        masked_(masked), lse_(lse), inputs_(masked ? 4 : 3) {}
 
   void run() {
     const bool ok = execute();
     for (int i = 0; i < inputs_; ++i) torch.release(tensor(i));
-    if (ok) {
-      stack_[0] = reinterpret_cast<uint64_t>(results_[0]);
-      if (lse_) stack_[1] = reinterpret_cast<uint64_t>(results_[1]);
-      return;
-    }
-    for (Tensor t : results_)
-      if (t) torch.release(t);
-    torch.check(false, "attention", "torchhal_cpu_x86", 0, message_);
+    finish(ok, lse_ ? 2 : 1);
   }
 
  private:
-  Tensor tensor(int i) const { return reinterpret_cast<Tensor>(stack_[i]); }
-
-  template <class... Args>
-  bool fail(const char* format, Args... args) {
-    char text[400];
-    std::snprintf(text, sizeof(text), format, args...);
-    std::snprintf(message_, sizeof(message_), "torchhal_cpu_x86::%sattention%s: %s", masked_ ? "masked_" : "",
-                  lse_ ? "_lse" : "", text);
-    return false;
-  }
-
   bool execute() {
     static const char* const names[] = {"query", "key", "value", "mask"};
     for (int i = 0; i < inputs_; ++i)
-      if (!read(i, names[i])) return false;
+      if (!read(tensor(i), names[i], i == 3 ? 0 : 4, 4, view_[i])) return false;
     thal_attention c = {};
     return check_shapes() && describe(c) && allocate(c) && compute(c);
-  }
-
-  bool read(int i, const char* name) {
-    View& v = view_[i];
-    int32_t device = -1;
-    if (torch.device_type(tensor(i), &device)) return fail("%s cannot be read: a dense CPU tensor is needed", name);
-    if (device != torch.cpu()) return fail("%s must be a CPU tensor, as the others are: move all to one device", name);
-    if (torch.dim(tensor(i), &v.dim) || torch.sizes(tensor(i), &v.sizes) || torch.strides(tensor(i), &v.strides) ||
-        torch.dtype(tensor(i), &v.dtype) || torch.data(tensor(i), &v.data))
-      return fail("%s cannot be read: a dense CPU tensor is needed", name);
-    if (i == 3 ? v.dim > 4 : v.dim != 4)
-      return fail("%s must have %s dimensions, got %lld", name, i == 3 ? "0 to 4" : "4", static_cast<long long>(v.dim));
-    if (!v.data && !std::count(v.sizes, v.sizes + v.dim, 0))
-      return fail("%s %s has elements and no memory: a dense CPU tensor is needed", name, shape(v).c_str());
-    return true;
-  }
-
-  static std::string shape(const View& v) {
-    std::string text = "(";
-    for (int64_t i = 0; i < v.dim; ++i) text += (i ? ", " : "") + std::to_string(v.sizes[i]);
-    return text + ")";
   }
 
   bool check_shapes() {
@@ -153,21 +72,16 @@ class Call {
     if (q[3] < 1) wrong = "the head size of query and key must be at least 1";
     if (!wrong) return true;
     return fail("%s: query %s, key %s, value %s; expected (B, Hq, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)", wrong,
-                shape(view_[0]).c_str(), shape(view_[1]).c_str(), shape(view_[2]).c_str());
+                shape_of(view_[0]).c_str(), shape_of(view_[1]).c_str(), shape_of(view_[2]).c_str());
   }
 
   bool describe(thal_attention& c) {
-    c.struct_size = sizeof(c);
-    c.dtype = code_of(view_[0].dtype);
-    if (c.dtype < 0) return fail("dtype must be float32, bfloat16 or float16");
-    if (view_[1].dtype != view_[0].dtype || view_[2].dtype != view_[0].dtype)
-      return fail("query, key and value must have the same dtype");
+    if (!describe_dtypes(c, view_[0], view_[1], view_[2])) return false;
     const int64_t *q = view_[0].sizes, *k = view_[1].sizes, *v = view_[2].sizes;
     c.B = q[0], c.Hq = q[1], c.L = q[2], c.E = q[3], c.Hkv = k[1], c.S = k[2], c.Ev = v[3];
     std::copy(view_[0].strides, view_[0].strides + 4, c.q_stride);
     std::copy(view_[1].strides, view_[1].strides + 4, c.k_stride);
     std::copy(view_[2].strides, view_[2].strides + 4, c.v_stride);
-    c.q = view_[0].data, c.k = view_[1].data, c.v = view_[2].data;
     double scale;
     std::memcpy(&scale, &stack_[inputs_ + 1], sizeof(scale));
     c.scale = static_cast<float>(scale);
@@ -175,24 +89,15 @@ class Call {
     return !masked_ || describe_mask(c);
   }
 
-  int32_t code_of(int32_t dtype) const {
-    if (dtype == torch.float32()) return THAL_F32;
-    if (dtype == torch.bfloat16()) return THAL_BF16;
-    return dtype == torch.float16() ? THAL_F16 : -1;
-  }
-
   bool describe_mask(thal_attention& c) {
-    const View& m = view_[3];
-    const int32_t code = code_of(m.dtype);
-    if (code < 0 && m.dtype != torch.boolean()) return fail("mask must be boolean, float32, bfloat16 or float16");
-    c.mask_kind = code < 0 ? THAL_MASK_BOOL : THAL_MASK_F32 + code;
-    c.mask = m.data;
+    const thal::View& m = view_[3];
+    if (!describe_mask_dtype(c, m)) return false;
     const int64_t full[4] = {c.B, c.Hq, c.L, c.S};
     for (int i = 0; i < 4; ++i) {
       const int64_t j = i - (4 - m.dim);
       if (j < 0) continue;  // a missing leading dimension is broadcast: stride 0
       if (m.sizes[j] != full[i] && m.sizes[j] != 1)
-        return fail("mask %s does not broadcast to (B, Hq, L, S) = (%lld, %lld, %lld, %lld)", shape(m).c_str(),
+        return fail("mask %s does not broadcast to (B, Hq, L, S) = (%lld, %lld, %lld, %lld)", shape_of(m).c_str(),
                     static_cast<long long>(full[0]), static_cast<long long>(full[1]), static_cast<long long>(full[2]),
                     static_cast<long long>(full[3]));
       c.mask_stride[i] = m.sizes[j] == 1 ? 0 : m.strides[j];
@@ -200,40 +105,24 @@ class Call {
     return true;
   }
 
-  // Laid out as torch's own kernel for CPUs lays its output out, so that a view that works on torch's works on ours.
   bool allocate(thal_attention& c) {
     const int64_t size[4] = {c.B, c.Hq, c.L, c.Ev};
-    const bool alike = c.Ev == c.E && c.q_stride[3] == 1;
-    if (alike) thal::strides_like(size, c.q_stride, c.out_stride);
-    // torch 2.13 lays the output of an expanded query out with rows that are not contiguous, and then computes as if
-    // they were: the one layout not worth following.
-    if (!alike || c.out_stride[3] != 1) thal::contiguous_strides(size, c.out_stride);
-    const int64_t rows = std::max<int64_t>(c.L, 1), heads = std::max<int64_t>(c.Hq, 1);
-    if (torch.empty(4, size, c.out_stride, view_[0].dtype, torch.cpu(), 0, &results_[0]) ||
-        torch.data(results_[0], &c.out))
-      return fail("no memory for the output");
+    lay_out_like_query(c);
+    if (!make(0, 4, size, c.out_stride, view_[0].dtype, &c.out)) return false;
     if (!lse_) return true;
+    const int64_t rows = std::max<int64_t>(c.L, 1), heads = std::max<int64_t>(c.Hq, 1);
     c.lse_stride[0] = heads * rows, c.lse_stride[1] = rows, c.lse_stride[2] = 1;
     void* data = nullptr;
-    if (torch.empty(3, size, c.lse_stride, torch.float32(), torch.cpu(), 0, &results_[1]) ||
-        torch.data(results_[1], &data))
-      return fail("no memory for the log-sum-exp");
+    if (!make(1, 3, size, c.lse_stride, torch.float32(), &data)) return false;
     c.lse = static_cast<float*>(data);
     return true;
   }
 
   bool compute(thal_attention& c) {
-    uint32_t threads = 1;
-    if (!forked) torch.num_threads(&threads);
-    c.num_threads = static_cast<int32_t>(std::max(threads, 1u));
-    c.parallel = thal_torch_parallel;
-    c.workspace_size = thal_attention_workspace(&c);
-    if (c.workspace_size < 0) return fail("%s", thal_error_text(static_cast<int>(-c.workspace_size)));
-    c.workspace = workspace.get(c.workspace_size);
-    if (!c.workspace) return fail("no memory for a workspace of %lld bytes", static_cast<long long>(c.workspace_size));
-    const int code = thal_attention_run(&c);
-    workspace.trim();
-    return code == THAL_OK || fail("%s", thal_error_text(code));
+    use_threads(c);
+    thal::Plan plan;
+    const int64_t bytes = thal::make_plan(c, plan);
+    return bytes < 0 ? fail("%s", thal_error_text(static_cast<int>(-bytes))) : TorchCall::run(plan, bytes);
   }
 };
 
@@ -265,6 +154,10 @@ const Operator kOperators[] = {
      "masked_attention_lse(Tensor query, Tensor key, Tensor value, Tensor mask, bool is_causal, float scale)"
      " -> (Tensor, Tensor)",
      kernel<true, true>},
+    {"flex_attention",
+     "flex_attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale)"
+     " -> (Tensor, Tensor)",
+     thal::flex_attention_kernel},
 };
 
 // Without a kernel for autograd, torch would compute and lose the derivatives: a warning in backward, zero tangents in
@@ -297,6 +190,8 @@ int register_operators(char* message, int32_t size) {
 }
 
 }  // namespace
+
+bool thal::is_forked() { return forked; }
 
 extern "C" int32_t thal_torch_symbol_count(void) { return kSymbols; }
 

@@ -2,11 +2,14 @@
 // build serves every torch release that has these symbols (torch/csrc/stable/c/shim.h, since torch 2.10).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace thal {
 
 using Tensor = void*;   // AtenTensorHandle
+using List = void*;     // StableListHandle
+using String = void*;   // StringHandle
 using Library = void*;  // TorchLibraryHandle
 using Kernel = void (*)(uint64_t* stack, uint64_t inputs, uint64_t outputs);
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
@@ -33,7 +36,19 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
   X(float32, int32_t, (), aoti_torch_dtype_float32)                                                                   \
   X(bfloat16, int32_t, (), aoti_torch_dtype_bfloat16)                                                                 \
   X(float16, int32_t, (), aoti_torch_dtype_float16)                                                                   \
-  X(boolean, int32_t, (), aoti_torch_dtype_bool)
+  X(boolean, int32_t, (), aoti_torch_dtype_bool)                                                                      \
+  X(float64, int32_t, (), aoti_torch_dtype_float64)                                                                   \
+  X(int64, int32_t, (), aoti_torch_dtype_int64)                                                                       \
+  X(int32, int32_t, (), aoti_torch_dtype_int32)                                                                       \
+  X(int16, int32_t, (), aoti_torch_dtype_int16)                                                                       \
+  X(int8, int32_t, (), aoti_torch_dtype_int8)                                                                         \
+  X(uint8, int32_t, (), aoti_torch_dtype_uint8)                                                                       \
+  X(list_size, int32_t, (List, size_t*), torch_list_size)                                                             \
+  X(list_item, int32_t, (List, size_t, uint64_t*), torch_list_get_item)                                               \
+  X(release_list, int32_t, (List), torch_delete_list)                                                                 \
+  X(string_size, int32_t, (String, size_t*), torch_string_length)                                                     \
+  X(string_text, int32_t, (String, const char**), torch_string_c_str)                                                 \
+  X(release_string, int32_t, (String), torch_delete_string)
 
 // torch::autograd::autogradNotImplementedFallback() and torch::Library::_impl, as GCC and Clang name them: the kernel
 // with which torch's own operators refuse gradients and forward derivatives has no place in the stable shim. Both only
@@ -49,5 +64,14 @@ struct TorchShim {
   THAL_OPTIONAL_TORCH_SYMBOLS(THAL_FIELD)
 #undef THAL_FIELD
 };
+
+extern TorchShim torch;
+
+// Whether this process is a forked child: OpenMP's threads do not survive a fork, and a child of a process that has used
+// them hangs in its first parallel region, in torch's own kernels too. So a forked child computes on its one thread.
+bool is_forked();
+
+// The boxed kernel of flex_attention.
+void flex_attention_kernel(uint64_t* stack, uint64_t, uint64_t);
 
 }  // namespace thal

@@ -126,6 +126,10 @@ struct Vec256 {
     const I keep = _mm256_cmpgt_epi32(limit, _mm256_set1_epi32(key));
     return _mm256_blendv_ps(set1(-kInf), x, _mm256_castsi256_ps(keep));
   }
+  // x where the word is not 0, -inf elsewhere.
+  static F keep_set(F x, I word) {
+    return _mm256_blendv_ps(x, set1(-kInf), _mm256_castsi256_ps(_mm256_cmpeq_epi32(word, _mm256_setzero_si256())));
+  }
   static F add_bias(F s, F factor, F bias) {
     const F inf = set1(-kInf);
     return _mm256_blendv_ps(fma(s, factor, bias), inf, _mm256_cmp_ps(bias, inf, _CMP_EQ_OQ));

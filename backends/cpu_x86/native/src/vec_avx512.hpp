@@ -97,6 +97,8 @@ struct Vec512 {
   static F keep_below(F x, I limit, int32_t key) {
     return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(limit, _mm512_set1_epi32(key)), set1(-kInf), x);
   }
+  // x where the word is not 0, -inf elsewhere.
+  static F keep_set(F x, I word) { return _mm512_mask_blend_ps(_mm512_test_epi32_mask(word, word), set1(-kInf), x); }
   // s * factor + bias, and exactly -inf where the bias is -inf whatever the score is.
   static F add_bias(F s, F factor, F bias) {
     const F inf = set1(-kInf);

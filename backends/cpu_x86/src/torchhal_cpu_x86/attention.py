@@ -10,13 +10,13 @@ from torch import Tensor
 
 from torchhal import Decline, Plan
 from torchhal.problems import AttentionProblem
-from torchhal_cpu_x86 import hardware, native
+from torchhal_cpu_x86 import flex, hardware, native
 
 MASK_DTYPES = frozenset({torch.bool, *native.DTYPES})
 
 
 def plan(problem: AttentionProblem) -> Plan | Decline:
-    """The native plan for a dense problem, or why this machine has none."""
+    """The native plan for a problem, or why this machine has none."""
     refusal = hardware.decline()
     if refusal is not None:
         return refusal
@@ -26,13 +26,25 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
             f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
         )
     isa = native.load().get_isa(problem.query_dtype)
+    needs_flex = flex.is_needed(problem)
     return Plan(
-        run=_runner(problem),
-        description=f"native, {isa}, tiled prefill and split-key decode",
+        run=flex.runner(problem) if needs_flex else _runner(problem),
+        description=f"native, {isa}, tiled prefill and split-key decode"
+        + (_functions(problem) if needs_flex else ""),
         deterministic=True,
         traceable=True,
-        workspace="O(threads)",
+        workspace="O(L + S)" if problem.block_size is not None else "O(threads)",
     )
+
+
+def _functions(problem: AttentionProblem) -> str:
+    """What else the kernels do, for a person."""
+    parts = [] if problem.layout == "dense" else [f"{problem.layout} sequences"]
+    if problem.score_mod is not None or problem.mask_mod is not None:
+        parts.append("functions by the vector machine")
+    if problem.block_size is not None:
+        parts.append("empty blocks skipped")
+    return "".join(f", {part}" for part in parts)
 
 
 def _runner(problem: AttentionProblem) -> Callable[..., Any]:

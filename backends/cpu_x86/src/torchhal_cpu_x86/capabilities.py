@@ -12,12 +12,15 @@ from torchhal.problems import AttentionClaims
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-        layouts=frozenset({"dense"}),
+        layouts=frozenset({"dense", "varlen", "paged"}),
         causal=True,
         boolean_mask=True,
         additive_mask=True,
         gqa=True,
         value_head_size=True,
         lse=True,
+        score_mod=True,
+        mask_mod=True,
+        captured_tensors=True,
     ),
 )

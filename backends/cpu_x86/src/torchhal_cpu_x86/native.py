@@ -28,7 +28,7 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
@@ -88,6 +88,8 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "thal_error_text": (ctypes.c_char_p, [ctypes.c_int]),
     "thal_set_isa": (ctypes.c_int, [ctypes.c_int32, ctypes.c_int32]),
     "thal_get_isa": (ctypes.c_int32, [ctypes.c_int32]),
+    "thal_primitive_count": (ctypes.c_int32, []),
+    "thal_primitive_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_measure_fma": (
         ctypes.c_double,
         [ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -12,7 +12,13 @@ from torch.autograd import forward_ad
 from torchhal.operands import empty_output
 
 NAMESPACE: Final = "torchhal_cpu_x86"
-OPERATORS: Final = ("attention", "attention_lse", "masked_attention", "masked_attention_lse")
+OPERATORS: Final = (
+    "attention",
+    "attention_lse",
+    "masked_attention",
+    "masked_attention_lse",
+    "flex_attention",
+)
 
 
 def register() -> None:
@@ -34,7 +40,7 @@ def refuse_derivatives(name: str) -> None:
 
 def _refusing(operator: Any) -> Callable[..., Any]:
     def call(keyset: Any, *arguments: Any) -> Any:
-        if any(_is_differentiated(x) for x in arguments if isinstance(x, Tensor)):
+        if any(_is_differentiated(x) for x in _tensors(arguments)):
             raise NotImplementedError(
                 f"{operator} has no gradient and does not support forward AD; call torchhal.attention without a "
                 "backend, or enter torch.no_grad()"
@@ -45,6 +51,15 @@ def _refusing(operator: Any) -> Callable[..., Any]:
     return call
 
 
+def _tensors(arguments: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among arguments and in lists among them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors(argument)
+
+
 def _is_differentiated(x: Tensor) -> bool:
     if torch.is_grad_enabled() and x.requires_grad:
         return True
@@ -53,7 +68,7 @@ def _is_differentiated(x: Tensor) -> bool:
 
 def _check_devices(*arguments: object) -> None:
     """One meta tensor sends a call here: what it would make for real tensors is memory that nobody wrote."""
-    devices = [x.device for x in arguments if isinstance(x, Tensor)]
+    devices = [x.device for x in _tensors(arguments)]
     if len(set(devices)) > 1:
         raise RuntimeError(
             "torchhal_cpu_x86: all tensors must be on one device, got " + ", ".join(map(str, devices))
@@ -70,7 +85,18 @@ def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple
     return empty_output(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def _fake_flex(
+    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], description: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check_devices(query, key, value, operands)
+    has_lse = int(description.split(" ", 3)[2])
+    return empty_output(query, value), query.new_empty(
+        query.shape[:-1] if has_lse else (0,), dtype=torch.float32
+    )
+
+
 def _register_fakes() -> None:
+    torch.library.register_fake("torchhal_cpu_x86::flex_attention", _fake_flex)
     for prefix in ("", "masked_"):
         torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention", _fake)
         torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention_lse", _fake_lse)

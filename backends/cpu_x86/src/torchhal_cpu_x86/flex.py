@@ -1,0 +1,100 @@
+"""Everything attention is beyond dense tensors and masks: captured functions, BlockMasks, packed and paged sequences.
+
+One native operator serves all of it: ``flex_attention(query, key, value, operands, description, scale)`` with the
+tensors of the call in a flat list, and what they are, the functions' programs included, as text. So a call survives
+torch.compile, torch.export and AOTInductor as an ordinary operator with ordinary arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torchhal.operands import AttentionOperands
+from torchhal.pointwise import Graph
+from torchhal.problems import AttentionProblem
+from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
+from torchhal_cpu_x86 import programs
+
+LAYOUTS: Final = {"dense": 0, "varlen": 1, "paged": 2}
+"""As ``native/src/torch_flex.cpp`` numbers them."""
+
+Run = Callable[..., Any]
+
+
+def is_needed(problem: AttentionProblem) -> bool:
+    """Whether a problem is more than the plain operators serve."""
+    functions = problem.score_mod is not None or problem.mask_mod is not None
+    return functions or problem.block_size is not None or problem.layout != "dense"
+
+
+def runner(problem: AttentionProblem) -> Run:
+    """The ``run`` of a plan: the operator with what the problem fixes bound."""
+    described: dict[tuple[bool, bool], str] = {}
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float,
+        operands: AttentionOperands | None,
+    ) -> Any:
+        given = operands or AttentionOperands()
+        lists = (given.kv_num_blocks is not None, given.full_kv_num_blocks is not None)
+        text = described.get(lists)
+        if text is None:
+            text = described[lists] = _description(problem, *lists)
+        tensors = _tensors(attn_mask, given)
+        try:
+            out, lse = torch.ops.torchhal_cpu_x86.flex_attention(query, key, value, tensors, text, scale)
+        except RuntimeError:
+            _blame_data(Piece(query, key, value, attn_mask), given)
+            raise
+        return (out, lse) if problem.return_lse else out
+
+    return run
+
+
+def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: bool) -> str:
+    rows, keys = problem.block_size or (1, 1)
+    score, mask = problem.score_mod, problem.mask_mod
+    numbers = [LAYOUTS[problem.layout], problem.is_causal, problem.return_lse, problem.mask_dtype is not None]
+    numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
+    for graph in (score, mask):
+        words = programs.encode(graph) if graph is not None else ()
+        numbers += [len(words), *words]
+    return " ".join(str(int(number)) for number in numbers)
+
+
+def _captured(graph: Graph | None) -> int:
+    """How many tensors a function captures; -1 where there is no function."""
+    return -1 if graph is None else len(graph.captured)
+
+
+def _tensors(attn_mask: Tensor | None, operands: AttentionOperands) -> list[Tensor]:
+    """In the order in which the operator reads them; lists of lengths are contiguous there."""
+    lists = (
+        operands.kv_num_blocks,
+        operands.kv_indices,
+        operands.full_kv_num_blocks,
+        operands.full_kv_indices,
+    )
+    lengths = (operands.cu_seqlens_q, operands.cu_seqlens_k)
+    found = (attn_mask, *operands.captured, *operands.mask_captured, *lists)
+    tensors = [tensor for tensor in found if tensor is not None]
+    tensors += [tensor.contiguous() for tensor in lengths if tensor is not None]
+    if operands.page_table is not None and operands.seq_lens is not None:
+        tensors += [operands.page_table, operands.seq_lens.contiguous()]
+    return tensors
+
+
+def _blame_data(whole: Piece, operands: AttentionOperands) -> None:
+    """Raise what the specification raises for lengths and pages that contradict the shapes; return if they do not."""
+    if operands.cu_seqlens_q is not None:
+        list(varlen_pieces(whole, operands))
+    if operands.page_table is not None:
+        list(paged_pieces(whole, operands))
