@@ -332,3 +332,15 @@ def test_a_writer_that_is_killed_leaves_a_whole_value(tmp_path: Path) -> None:
         assert value is not None
         assert len(value) == 3_000_000
         assert len(set(value)) == 1
+
+
+@pytest.mark.parametrize("value", ["text", 5, None, [1]])
+def test_what_is_no_bytes_is_refused_and_nothing_is_stored(store: CacheStore, value: Any) -> None:
+    with pytest.raises(InvalidProblem, match=f"expects bytes and got {type(value).__name__}"):
+        store.put("k", value)
+    assert not store.exists("k")
+
+
+def test_a_buffer_is_stored_as_its_bytes(store: CacheStore) -> None:
+    store.put("k", memoryview(bytearray(8)).cast("i"))  # type: ignore[arg-type]
+    assert store.get("k") == bytes(8)

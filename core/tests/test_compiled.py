@@ -200,6 +200,40 @@ def test_every_form_traces_as_one_node_and_equals_eager_mode(name: str) -> None:
     assert len(nodes(counter)) == 1
 
 
+CHANGING: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "a float": (lambda xs, n: torchhal.foreach_map(torch.mul, xs, n), [0.5, 0.7, -1.5]),
+    "a number on the left": (lambda xs, n: torchhal.foreach_map(torch.sub, n, xs), [0.5, 0.7]),
+    "an exponent": (lambda xs, n: torchhal.foreach_map(torch.pow, xs, n), [2.0, 3.0, 0.5]),
+    "a list": (lambda xs, n: torchhal.foreach_map(torch.mul, xs, n), [[0.5, 0.5], [0.5, 0.7], [0.9, 0.7]]),
+    "a list of both signs of zero": (lambda xs, n: torchhal.foreach_map(torch.mul, xs, n), [[0.0, -0.0]]),
+    "a list of an int and its float": (
+        lambda xs, n: torchhal.foreach_map(torch.add, xs, n),
+        [[1, 1.0], [2, 2.0]],
+    ),
+    "a keyword": (lambda xs, n: torchhal.foreach_map(torch.add, xs, xs, alpha=n), [0.5, 1.0, 3.0]),
+    "an int": (lambda xs, n: torchhal.foreach_map(torch.add, xs, n), [2, 3, 4]),
+    "an int closed over": (lambda xs, n: torchhal.foreach_map(lambda x: x * n, xs), [2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32])
+@pytest.mark.parametrize("shape", [(5,), ()])
+def test_a_number_of_a_foreach_call_may_change(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    function, numbers = CHANGING[name]
+    run, counter = compiled(function)
+    xs = [torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype) for _ in range(2)]
+    for number in numbers:
+        if name in ("an exponent", "a keyword") and not dtype.is_floating_point:
+            continue  # torch raises integers to no fraction, and adds no fraction of them
+        found, wanted = run(xs, number), function(xs, number)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype is theirs.dtype
+            assert torch.equal(ours, theirs) and torch.equal(ours.signbit(), theirs.signbit())
+    if "int" in name and "list" not in name:
+        assert counter.frame_count <= 2, "one trace for the first int and one for all"
+
+
 def test_in_place_foreach_writes_its_destinations() -> None:
     def step(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> Any:
         return torchhal.foreach_map(torch.Tensor.add_, xs, ys)

@@ -102,6 +102,46 @@ def test_what_is_remembered_keeps_no_tensor_alive(asked: object) -> None:
     assert [reference() for reference in alive] == [None] * 3
 
 
+class Shaped:
+    """What only looks like a tensor, as an array of another library does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape = tensor.shape
+
+
+STRANGE: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "none": (lambda t: None, "expects a tensor and got NoneType"),
+    "list": (lambda t: t.tolist(), "expects a tensor and got list"),
+    "array": (Shaped, "expects a tensor and got Shaped"),
+    "sparse": (lambda t: t.to_sparse(), "layout torch.sparse_coo; convert it with .to_dense()"),
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), "is nested (torch.strided)"),
+}
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["by a guard", "by a plan"])
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_no_dense_tensor_is_named_after_a_good_call_as_before_one(
+    kind: str, position: int, learns: bool
+) -> None:
+    tensors: list[Any] = three(2, 4, 5, 8, requires_grad=learns)
+    torchhal.attention(*tensors, backend="reference")
+    make, words = STRANGE[kind]
+    tensors[position] = make(tensors[position].detach())
+    with pytest.raises(InvalidProblem) as refusal:
+        torchhal.attention(*tensors, backend="reference")
+    assert words in str(refusal.value) and ("query", "key", "value")[position] in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_mode_leaves_nested_tensors_to_torch_after_a_call_it_served(asked: object) -> None:
+    with torchhal.enable():
+        F.scaled_dot_product_attention(*three(2, 4, 5, 8))
+        nested = [torch.nested.nested_tensor(list(tensor)) for tensor in three(2, 4, 5, 8)]
+        assert F.scaled_dot_product_attention(*nested).is_nested
+
+
 def test_a_mask_of_values_longer_than_the_keys_is_refused_after_a_call_that_fitted(asked: object) -> None:
     query, key, value = three(2, 4, 5, 8)
     with pytest.raises(InvalidProblem, match="value"):

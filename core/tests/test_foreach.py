@@ -88,6 +88,30 @@ def test_half_types_keep_the_digits_of_numbers_as_torch_does() -> None:
         assert_same(foreach_map(fn, halves, 2.1), [fn(x, 2.1) for x in halves])
 
 
+LEADING = [torch.add, torch.sub, torch.mul, torch.div, torch.pow]
+LEADING += [
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+    operator.pow,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("fn", LEADING, ids=lambda fn: f"{fn.__module__}.{fn.__name__}")
+def test_a_leading_number_is_rounded_where_torch_rounds_it(
+    fn: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    """torch.mul rounds a number that comes first to the tensors' type; ``n * x`` and ``n / x`` never compute with it first."""
+    xs = [(torch.rand(300) * 4 + 1).to(dtype), (torch.rand(2, 3) * 4 + 1).to(dtype)]
+    for numbers in (0.9, 3, [0.9, 1e-3]):
+        each = numbers if isinstance(numbers, list) else [numbers] * 2
+        assert_same(foreach_map(fn, numbers, xs), [fn(n, x) for n, x in zip(each, xs, strict=True)])
+
+
 def test_keywords_go_to_the_function() -> None:
     assert_same(
         foreach_map(torch.add, XS, YS, alpha=2),
@@ -116,122 +140,6 @@ def test_empty_lists_give_empty_lists() -> None:
     assert foreach_map(lambda x: (x, x), []) == ([], [])
     destinations: list[Tensor] = []
     assert foreach_map(torch.neg, [], out=destinations) is destinations
-
-
-# ---------------------------------------------------------------------------- destinations
-
-
-@pytest.mark.parametrize(
-    ("in_place", "fn"),
-    [
-        (torch.Tensor.add_, torch.add),
-        (operator.imul, torch.mul),
-        (torch.Tensor.copy_, lambda x, y: y.expand_as(x).clone()),
-    ],
-)
-def test_torchs_in_place_functions_write_to_the_first_list(
-    in_place: Callable[..., Any], fn: Callable[..., Any]
-) -> None:
-    xs = [x.clone() for x in XS[:2]]
-    pointers = [x.data_ptr() for x in xs]
-    assert foreach_map(in_place, xs, YS[:2]) is xs
-    assert [x.data_ptr() for x in xs] == pointers
-    assert_same(xs, [fn(x, y) for x, y in zip(XS[:2], YS[:2], strict=True)])
-
-
-def test_in_place_functions_of_one_list() -> None:
-    xs = [x.clone() for x in XS]
-    foreach_map(torch.relu_, xs)
-    assert_same(xs, [x.relu() for x in XS])
-    foreach_map(torch.Tensor.zero_, xs)
-    assert_same(xs, [torch.zeros_like(x) for x in XS])
-
-
-def test_an_in_place_result_is_rounded_to_the_destination() -> None:
-    xs = [torch.tensor([1.0], dtype=torch.bfloat16)]
-    foreach_map(torch.Tensor.add_, xs, [torch.tensor([2.0**-12])])
-    assert xs[0].dtype == torch.bfloat16 and xs[0].tolist() == [1.0]
-
-
-def test_out_may_be_an_operand_or_anything_else_that_fits() -> None:
-    xs = [x.clone() for x in XS[:2]]
-    out = ([torch.empty(3), torch.empty(2, 4)], xs)
-    assert foreach_map(lambda x: (x + 1, x * 2), xs, out=out) is out
-    assert_same(out[0], [x + 1 for x in XS[:2]])
-    assert_same(xs, [x * 2 for x in XS[:2]])
-
-
-def test_interleaved_views_of_one_tensor_may_be_operand_and_destination() -> None:
-    flat = torch.arange(10.0)
-    foreach_map(torch.neg, [flat[::2]], out=[flat[1::2]])
-    assert flat.tolist() == [0.0, -0.0, 2.0, -2.0, 4.0, -4.0, 6.0, -6.0, 8.0, -8.0]
-
-
-@pytest.mark.parametrize(
-    ("operand", "out", "message"),
-    [
-        ([XS[1]], [XS[1].t()], r"shape \(2, 4\) and its destination \(4, 2\)"),
-        (
-            [MATRIX],
-            [MATRIX.t()],
-            "position 0 shares memory with an operand at position 0; a destination may be exactly the operand",
-        ),
-        ([YS[2][:4]], [YS[2][1:]], "shares memory with an operand at position 0"),
-        ([XS[0], YS[0]], [YS[0], XS[0]], "shares memory with an operand at position"),
-        ([XS[0], YS[0]], [XS[0], XS[0]], "destinations at positions . and . share memory"),
-        ([MATRIX], [torch.empty(2, 1).expand(2, 2)], "the destination at position 0 is expanded"),
-        (
-            [MATRIX],
-            [torch.empty(2, 2, dtype=torch.int64)],
-            "is torch.float32 and its destination torch.int64.*convert inside the function",
-        ),
-        ([MATRIX], [torch.empty(2)], r"shape \(2, 2\) and its destination \(2,\)"),
-        ([MATRIX], [torch.empty(2, 2, device="meta")], "is on cpu and its destination on meta"),
-        ([MATRIX], [], "as long as the operands, 1 tensors, and a list of it has 0"),
-        ([MATRIX], MATRIX, "out expects a list of tensors, as the function returns, and got Tensor"),
-        ([MATRIX], [1.0], "out expects a list of tensors and got a list of float"),
-        ([], [MATRIX], "out must be as long as the operands, which are empty"),
-    ],
-)
-def test_destinations_that_do_not_fit_are_refused(operand: Any, out: Any, message: str) -> None:
-    before = [t.clone() for t in operand]
-    with pytest.raises(InvalidProblem, match=message):
-        foreach_map(torch.neg, operand, out=out)
-    assert_same(operand, before)
-
-
-def test_a_call_seen_before_is_still_checked() -> None:
-    flat = torch.ones(6)
-    foreach_map(torch.Tensor.add_, [flat[:3]], [flat[3:]])
-    with pytest.raises(
-        InvalidProblem, match="the destination at position 0 shares memory with an operand at position 0"
-    ):
-        foreach_map(torch.Tensor.add_, [flat[:3]], [flat[1:4]])
-    foreach_map(torch.Tensor.mul_, [flat[:3], flat[3:]], 1.0)
-    with pytest.raises(InvalidProblem, match="destinations at positions 1 and 0 share memory"):
-        foreach_map(torch.Tensor.mul_, [flat[:3], flat[:3]], 1.0)
-    foreach_map(torch.Tensor.mul_, [flat[::2], flat[1::2]], 2.0)
-    assert flat.tolist() == [4.0] * 3 + [2.0] * 3
-    foreach_map(torch.Tensor.mul_, [torch.ones(2)], 2.0)
-    with pytest.raises(RuntimeError, match="leaf Variable"):
-        foreach_map(torch.Tensor.mul_, [torch.ones(2, requires_grad=True)], 2.0)
-
-
-def test_a_result_that_does_not_fit_its_operand_is_refused_in_place() -> None:
-    with pytest.raises(InvalidProblem, match=r"position 0 has the shape \(5,\) and its destination \(1,\)"):
-        foreach_map(torch.Tensor.add_, [torch.ones(1)], [torch.ones(5)])
-    with pytest.raises(
-        InvalidProblem, match="is torch.float32 and its destination torch.int64, which can not hold it"
-    ):
-        foreach_map(torch.Tensor.mul_, [torch.ones(1, dtype=torch.int64)], 0.5)
-    with pytest.raises(
-        InvalidProblem, match="add_ writes to its first operand, which must be a list of tensors; got float"
-    ):
-        foreach_map(torch.Tensor.add_, 1.0, [MATRIX])
-    with pytest.raises(
-        InvalidProblem, match="add_ writes to its first operand, and out= names other destinations"
-    ):
-        foreach_map(torch.Tensor.add_, [MATRIX], 1.0, out=[MATRIX])
 
 
 # ---------------------------------------------------------------------------- autograd
@@ -363,3 +271,55 @@ def test_an_error_of_the_users_own_comes_through() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         foreach_map(broken, XS)
+
+
+HALF = [torch.float16, torch.bfloat16]
+SCALED: dict[str, Callable[..., Any]] = {
+    "mul": torch.mul,
+    "operator": lambda x, y: y * x,
+    "div": torch.div,
+    "trunc": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "floor": torch.floor_divide,
+}
+
+
+@few
+@given(
+    name=st.sampled_from(sorted(SCALED)), dtype=st.sampled_from(HALF), start=st.floats(0.125, 4, width=16),
+    number=st.one_of(st.floats(0.25, 8), st.integers(257, 5000).map(torch.tensor)),
+)  # fmt: skip
+def test_a_number_keeps_its_precision_beside_a_half_tensor_without_dimensions(
+    name: str, dtype: torch.dtype, start: float, number: Any
+) -> None:
+    x, operand = torch.tensor(start, dtype=dtype), [number] if isinstance(number, Tensor) else number
+    (found,) = foreach_map(SCALED[name], [x], operand, backend="reference")
+    wanted = SCALED[name](x, number)
+    assert (found.dtype, found.item()) == (wanted.dtype, wanted.item())
+
+
+@pytest.mark.parametrize("exponent", [3.7, 0.3, -1.3, 1 / 3, 0.5000000001])
+@pytest.mark.parametrize("length", [1, 5, 13, 1001])
+def test_a_fractional_exponent_gives_the_bits_of_torch(exponent: float, length: int) -> None:
+    x = torch.rand(length) * 3 + 0.1
+    (found,) = foreach_map(torch.pow, [x], exponent, backend="reference")
+    assert torch.equal(found, torch.pow(x, exponent))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_float_power_computes_in_float64(dtype: torch.dtype) -> None:
+    x = torch.arange(1, 9).to(dtype)
+    (found,) = foreach_map(torch.float_power, [x], 0.3, backend="reference")
+    assert_same([found], [torch.float_power(x, 0.3)])
+
+
+def test_a_factor_that_is_a_tensor_is_never_taken_for_one() -> None:
+    x, factor = torch.randn(5), torch.tensor(0.5)
+    (found,) = foreach_map(lambda x, f: torch.add(x, x, alpha=f), [x], factor, backend="reference")
+    assert_same([found], [torch.add(x, x, alpha=0.5)])
+
+
+def test_a_condition_between_equal_branches_broadcasts_all_the_same() -> None:
+    x, y = torch.randn(4, 1), torch.randn(1, 3)
+    assert_same(
+        foreach_map(lambda x, y: torch.where(x > y, x, x), [x], [y], backend="reference"), [x.expand(4, 3)]
+    )

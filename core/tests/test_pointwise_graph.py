@@ -181,7 +181,9 @@ def test_upcast_computes_in_float64_and_indices_count_from_the_end_or_are_clampe
     (exact,) = evaluate(graph, [x, q], [table], upcast=torch.float64)
     assert torch.equal(exact, torch.sin(x.double()) * table.double()[q.long() - 1])
     far = torch.tensor([-7, 2, 99], dtype=I32)
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        InvalidProblem, match=r"captured tensor 0 has shape \(3,\), and the function reads index -8"
+    ):
         evaluate(graph, [x, far], [table])
     (clamped,) = evaluate(graph, [x, far], [table], clamp_indices=True)
     assert torch.equal(clamped, torch.sin(x) * table[[0, 1, 2]])
@@ -253,3 +255,14 @@ def test_masked_score_and_concatenate_join_functions() -> None:
         InvalidProblem, match=r"'q_idx' is torch.int32 in one function and torch.float32 in the other"
     ):
         concatenate(causal, capture(lambda q: q, [("q_idx", F32)]))
+
+
+def test_an_exponent_keeps_the_digits_that_torch_reads_and_no_other_constant_may() -> None:
+    graph = graph_of(lambda x: torch.pow(x, 3.7) + 3.7, X)
+    assert [node.attribute for node in graph.nodes if node.primitive == "constant"] == [
+        "3.7",
+        "3.700000047683716",
+    ]
+    assert Graph.from_text(graph.to_text()) == graph
+    with pytest.raises(InvalidProblem, match=r"node 3 holds '3\.7', which is no float32 constant"):
+        Graph.from_text(graph.to_text().replace("3.700000047683716", "3.7"))

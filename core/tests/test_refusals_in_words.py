@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_backends import Install, backend
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import torchhal
 from torchhal import BackendInfo, Plan
@@ -150,3 +151,28 @@ def test_an_exponent_that_the_lists_type_can_not_hold_is_left_to_torch() -> None
     with pytest.raises(RuntimeError, match="without overflow"):
         torch._foreach_pow(items, 1e5)
     assert translate(torch._foreach_pow, (items, 1e5), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("mod", "found"), [(lambda b, h, i, j: i * 0.5, "float32"), (lambda b, h, i, j: i - j, "int32")]
+)
+def test_a_mask_that_is_no_bool_is_refused_in_every_layout(mod: Any, found: str) -> None:
+    words = f"mask_mod has to return a bool, True for a key that is seen, and returns torch.{found}"
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 8, 8, device="cpu")
+    blocks.mask_mod = mod
+    ends = torch.tensor([0, 8], dtype=torch.int32)
+    pages = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(InvalidProblem, match=words):
+        torchhal.attention(Q, Q, Q, block_mask=blocks)
+    with pytest.raises(InvalidProblem, match=words):
+        torchhal.varlen_attention(*[Q[0].transpose(0, 1)] * 3, ends, ends, mask_mod=mod)
+    with pytest.raises(InvalidProblem, match=words):
+        torchhal.paged_attention(Q, Q, Q, pages, ends[1:].expand(2), mask_mod=mod)
+
+
+def test_a_function_that_reads_outside_a_captured_tensor_is_told_where() -> None:
+    table = torch.randn(4, 7)
+    with pytest.raises(
+        InvalidProblem, match=r"captured tensor 0 has shape \(4, 7\).* index 7 of its dimension 1"
+    ):
+        torchhal.attention(Q, Q, Q, score_mod=lambda s, b, h, i, j: s + table[h, j], backend="reference")

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchhal._caches import fast_cache
 from torchhal.errors import CaptureError, InvalidProblem
 from torchhal.pointwise import Captured, Graph, Kind, Value, capture, function_key
-from torchhal.selection import fast_cache
 
 WHAT = "function of foreach_map"
 BUILTINS = (BuiltinFunctionType, MethodDescriptorType)
@@ -146,8 +146,11 @@ def captured_for(fn: Function, slots: tuple[Slot, ...]) -> tuple[Captured, tuple
 
 
 def _strongest(fn: Function, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
-    """0-dim tensors among themselves as tensors with dimensions, which is what they are next to numbers alone."""
+    """0-dim tensors of one type as tensors with dimensions, which is what they are among themselves and next to numbers."""
     if fn.key is None or fn.tensors or any(slot.kind is Kind.LANE for slot in slots):
+        return slots
+    # Of two types, the right one may keep a precision that one with dimensions would not.
+    if len({slot.dtype for slot in slots if slot.kind is Kind.SCALAR}) > 1:
         return slots
     return tuple([slot._replace(kind=Kind.LANE) if slot.kind is Kind.SCALAR else slot for slot in slots])
 

@@ -172,8 +172,22 @@ def capture_score_mod(
 def capture_mask_mod(
     mask_mod: MaskMod | None, *, capture: Callable[..., Captured] = capture_cached
 ) -> Captured | None:
-    """Capture a ``mask_mod``."""
-    return None if mask_mod is None else _single(capture(mask_mod, INDICES, what="mask_mod"), "mask_mod")
+    """Capture a ``mask_mod``.
+
+    Raises:
+        InvalidProblem: it returns something other than a bool, which flex_attention refuses too: a score that was
+            meant for a ``score_mod``, or a count.
+    """
+    if mask_mod is None:
+        return None
+    captured = _single(capture(mask_mod, INDICES, what="mask_mod"), "mask_mod")
+    (found,) = captured.graph.output_dtypes
+    if found is not torch.bool:
+        raise InvalidProblem(
+            f"mask_mod has to return a bool, True for a key that is seen, and returns {found}; "
+            "compare it with something, or change scores with a score_mod"
+        )
+    return captured
 
 
 def _single(captured: Captured, what: str) -> Captured:

@@ -79,7 +79,11 @@ class CacheStore(Protocol):
         ...
 
     def put(self, key: str, value: bytes) -> None:
-        """Store ``value``, atomically: a reader sees the old value, the new one, or none."""
+        """Store ``value``, atomically: a reader sees the old value, the new one, or none.
+
+        Raises:
+            InvalidProblem: ``value`` is neither bytes nor another buffer of them.
+        """
         ...
 
     def exists(self, key: str) -> bool:
@@ -183,6 +187,23 @@ def check_key(key: str) -> str:
             f"digit, separated by '/', at most {MAX_KEY} characters; got {key!r}"
         )
     return key
+
+
+def check_value(value: object) -> bytes:
+    """``value`` as bytes of its own, if a store may keep it: bytes, or a buffer such as a bytearray.
+
+    Raises:
+        InvalidProblem: it is text, a number or something else; says what to do about text.
+    """
+    if isinstance(value, bytes):
+        return value
+    try:
+        return memoryview(value).tobytes()  # type: ignore[arg-type]
+    except TypeError:
+        advice = "; encode it first" if isinstance(value, str) else ""
+        raise InvalidProblem(
+            f"the value put into a cache store expects bytes and got {type(value).__name__}{advice}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------- compile caches

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchhal import scope
+from torchhal._caches import fast_cache, forgotten_on_reset
 from torchhal._checks import attention_fault, mask_fault
 from torchhal.attention_call import Call, check_number, choose, diagnose, share_batch
 from torchhal.errors import InvalidProblem
 from torchhal.registry import blame
-from torchhal.selection import fast_cache, forgotten_on_reset
 
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 """Private to torch; without it every call takes the second look-up."""
@@ -91,7 +91,12 @@ def serve_recent(query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     Returns:
         As :func:`serve_dense`, or MISSED.
     """
-    if forward_ad._current_level < 0:
+    try:
+        # A nested tensor of strided layout has no strides, and a guard that asks for them ends the process.
+        nested = query.is_nested or key.is_nested or value.is_nested
+    except AttributeError:  # no tensor
+        return MISSED
+    if forward_ad._current_level < 0 and not nested:
         for fits, dense in flags.recent:
             # A guard takes lengths as they come. That keys and values have the same one shows in their size.
             if fits(query, key, value) and key.nbytes == value.nbytes:
@@ -122,25 +127,32 @@ def serve_dense(
         shape = key.shape
         batch, heads, _, size = query.shape
         key_batch, key_heads, _, key_size = shape
+        value_size = key_size if value.shape == shape else _value_size(query, key, value, flags)
+    except InvalidProblem:
+        raise
     except (ValueError, AttributeError, RuntimeError):
-        raise InvalidProblem(attention_fault(query, key, value, "dense", flags.enable_gqa)) from None
-    value_size = key_size if value.shape == shape else _value_size(query, key, value, flags)
+        diagnose(query, key, value, "dense", flags.enable_gqa)
+        raise
     if batch != key_batch or size != key_size:
         diagnose(query, key, value, "dense", flags.enable_gqa)
         if flags.or_torch:  # torch broadcasts in its own way
             raise InvalidProblem(f"query has batch size {batch} and key {key_batch}")
         return serve_dense(query, *share_batch(query, key, value), attn_mask, scale, flags, state)
     mask_kind = None if attn_mask is None else _mask_kind(attn_mask, query, key)
-    learns = forward_ad._current_level >= 0 or (
-        _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    )
-    dtype = query.dtype
-    kind = (
-        dtype if key.dtype is dtype and value.dtype is dtype else (dtype, key.dtype, value.dtype),
-        # there is one CPU, and a bool hashes faster than its device
-        (query.is_cpu and key.is_cpu and value.is_cpu) or (query.device, key.device, value.device),
-        heads, key_heads, size, value_size, mask_kind, learns, state,
-    )  # fmt: skip
+    try:
+        learns = forward_ad._current_level >= 0 or (
+            _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        )
+        dtype = query.dtype
+        kind = (
+            dtype if key.dtype is dtype and value.dtype is dtype else (dtype, key.dtype, value.dtype),
+            # there is one CPU, and a bool hashes faster than its device
+            (query.is_cpu and key.is_cpu and value.is_cpu) or (query.device, key.device, value.device),
+            heads, key_heads, size, value_size, mask_kind, learns, state,
+        )  # fmt: skip
+    except AttributeError:  # an array of another library, which has a shape too
+        diagnose(query, key, value, "dense", flags.enable_gqa)
+        raise
     dense = flags.plans.get(kind)
     if dense is None:
         selected = choose(Call(query, key, value, attn_mask, **flags.arguments()))
@@ -166,6 +178,11 @@ def _run(
     try:
         return run_plan(query, key, value, attn_mask, scale, None)
     except Exception as error:
+        # The look-ups cost less for not asking each tensor whether it is dense, so one that is not arrives here. What
+        # else could be wrong with the three is part of the key that found the plan.
+        fault = attention_fault(query, key, value, "dense", enable_gqa=True)
+        if fault:
+            raise InvalidProblem(fault) from None
         blame(error, backend)
         raise
 

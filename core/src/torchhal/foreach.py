@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchhal import scope
+from torchhal._caches import fast_cache
 from torchhal._foreach_capture import Function, function, name_of, out_of_place
 from torchhal._foreach_checks import Entry, arrange, check_layouts, check_shapes, slots_of_nothing
 from torchhal._foreach_fast import plainly_disjoint, signature
@@ -17,7 +18,7 @@ from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_
 from torchhal.errors import CaptureError, InvalidProblem
 from torchhal.problems import ForeachProblem
 from torchhal.registry import blame
-from torchhal.selection import Selected, fast_cache, is_traced, select
+from torchhal.selection import Selected, is_traced, select
 
 
 class Common(NamedTuple):

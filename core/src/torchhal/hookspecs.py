@@ -14,6 +14,9 @@ Rules common to every hook
         return a :class:`~torchhal.problems.Plan` that honours *every* field and feature of the problem,
         or a :class:`~torchhal.problems.Decline` with a code and a sentence. Nothing may be dropped,
         approximated or reinterpreted. ``None`` is read as "does not serve this family".
+        promise in the Plan only what holds for every call of the problem: ``deterministic`` (the default),
+        ``batch_invariant`` where no row's bits depend on the rest of the batch, ``workspace``. Each promise
+        is checked as it is made.
     May
         compile, measure, look at the hardware, keep state of its own, accept keyword arguments in any
         order (pluggy passes by name; arguments that are not needed may be left out).

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from torchhal import scope
+from torchhal._caches import fast_cache
 from torchhal._matmul_checks import captured_fault, operand_fault, out_dtype_fault, shape_fault, type_fault
 from torchhal.errors import InvalidProblem
 from torchhal.operands import MatmulOperands, PackedWeight
 from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import MatmulProblem
 from torchhal.registry import blame
-from torchhal.selection import Selected, fast_cache, is_traced, select
+from torchhal.selection import Selected, is_traced, select
 
 INDICES = tuple((name, torch.int32) for name in ("batch", "row", "col"))
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchhal._caches import fast_cache
 from torchhal.problems import Plan, Problem
 from torchhal.registry import blame
-from torchhal.selection import Route, fast_cache, select
+from torchhal.selection import Route, select
 
 library: Any = torch.library.Library("torchhal", "DEF")  # type: ignore[no-untyped-call]
 

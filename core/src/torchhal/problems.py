@@ -16,8 +16,25 @@ from typing import Any, ClassVar
 import torch
 
 from torchhal._text import decode, encode, short
+from torchhal.claims import (
+    AttentionClaims,
+    CacheStoreClaims,
+    ContextParallelClaims,
+    DeployClaims,
+    ForeachClaims,
+    MatmulClaims,
+)
 from torchhal.errors import InvalidProblem
 from torchhal.pointwise import Graph
+
+__all__ = [
+    "PROBLEMS", "SPEC_VERSION",
+    "Problem", "AttentionProblem", "MatmulProblem", "ForeachProblem", "ContextParallelProblem", "CacheStoreProblem",
+    "DeployProblem",
+    "Plan", "Decline",
+    "AttentionClaims", "MatmulClaims", "ForeachClaims", "ContextParallelClaims", "CacheStoreClaims", "DeployClaims",
+    "Capabilities", "BackendInfo",
+]  # fmt: skip
 
 SPEC_VERSION = "1.0"
 """Version of the hook specification. The minor number grows with every new feature or optional argument."""
@@ -209,6 +226,9 @@ class Plan:
     """One line for a person: which kernel, which instruction set."""
     deterministic: bool = True
     """Bitwise the same result for the same inputs, run after run."""
+    batch_invariant: bool = False
+    """No row's bits depend on what else is in the batch: in attention a sequence of the batch, in matmul an entry of
+    the batch dimensions and a row of ``a``, alone or in any smaller batch, gives the bits it has in the full one."""
     differentiable: bool = False
     """Autograd through ``run`` gives every gradient the problem's features ask for."""
     traceable: bool = False
@@ -241,120 +261,6 @@ class Decline:
 
 
 # ---------------------------------------------------------------------------- claims
-
-
-@dataclass(frozen=True)
-class AttentionClaims:
-    """What a backend's attention does. Every answer is no until claimed."""
-
-    dtypes: frozenset[torch.dtype] = frozenset()
-    """Which element types may query, key and value have?"""
-    layouts: frozenset[str] = frozenset()
-    """Which of ``dense``, ``varlen`` and ``paged`` are served?"""
-    causal: bool = False
-    """Does ``is_causal`` hide keys after the query, aligned top-left?"""
-    boolean_mask: bool = False
-    """Does a boolean ``attn_mask`` of any broadcastable shape and strides hide where False?"""
-    additive_mask: bool = False
-    """Is a floating ``attn_mask`` of any broadcastable shape added to the scaled scores?"""
-    gqa: bool = False
-    """May there be fewer key heads than query heads, in any whole ratio?"""
-    value_head_size: bool = False
-    """May the head size of values differ from that of queries and keys?"""
-    lse: bool = False
-    """Can the natural-logarithm log-sum-exp of each row be returned?"""
-    score_mod: bool = False
-    """Is a captured function applied to each score, in float32?"""
-    mask_mod: bool = False
-    """Is a captured mask function applied, and are the empty blocks of its BlockMask skipped?"""
-    captured_tensors: bool = False
-    """May those functions read captured tensors?"""
-    dropout: bool = False
-    """Are probabilities dropped by the counter-based generator of the reference?"""
-    mixed_dtypes: bool = False
-    """May query, key and value have different element types?"""
-    backward: bool = False
-    """Do gradients reach query, key and value?"""
-    mask_gradient: bool = False
-    """Do gradients reach a floating ``attn_mask``?"""
-    captured_gradient: bool = False
-    """Do gradients reach captured tensors?"""
-
-
-@dataclass(frozen=True)
-class MatmulClaims:
-    """What a backend's fused matrix product does."""
-
-    dtypes: frozenset[torch.dtype] = frozenset()
-    batched: bool = False
-    """May ``a`` and ``b`` have broadcastable batch dimensions?"""
-    bias: bool = False
-    """Is a bias of shape (N,) added before the epilogue?"""
-    a_prologue: bool = False
-    """Is a captured function applied to each element of ``a`` as it is read?"""
-    b_prologue: bool = False
-    """Is a captured function applied to each element of ``b`` as it is read?"""
-    epilogue: bool = False
-    """Is a captured function applied to each accumulated element before it is stored?"""
-    auxiliary_outputs: bool = False
-    """May the epilogue return several outputs?"""
-    captured_tensors: bool = False
-    """May those functions read captured tensors?"""
-    packed_int8: bool = False
-    """Is an int8 packed weight dequantised inside the product?"""
-    packed_int4: bool = False
-    """Is an int4 packed weight dequantised inside the product?"""
-    mixed_dtypes: bool = False
-    """May ``a`` and ``b`` have different element types?"""
-    backward: bool = False
-    """Do gradients reach ``a``, ``b`` and ``bias``?"""
-    captured_gradient: bool = False
-    """Do gradients reach captured tensors?"""
-
-
-@dataclass(frozen=True)
-class ForeachClaims:
-    """What a backend's foreach_map does."""
-
-    dtypes: frozenset[torch.dtype] = frozenset()
-    in_place: bool = False
-    """May results be written over operands or into ``out``?"""
-    scalars: bool = False
-    """May operands be numbers or lists of numbers?"""
-    mixed_dtypes: bool = False
-    """May element types vary along the lists?"""
-    several_outputs: bool = False
-    """May the function return a tuple?"""
-    captured_tensors: bool = False
-    """May the function read captured tensors?"""
-    backward: bool = False
-    """Do gradients reach the operands?"""
-    captured_gradient: bool = False
-    """Do gradients reach captured tensors?"""
-
-
-@dataclass(frozen=True)
-class ContextParallelClaims:
-    """What a backend's context parallelism does."""
-
-    schemes: frozenset[str] = frozenset()
-    """Which schemes, besides ``auto``, can be asked for by name?"""
-
-
-@dataclass(frozen=True)
-class CacheStoreClaims:
-    """Which cache stores a backend brings."""
-
-    schemes: frozenset[str] = frozenset()
-    """Which URL schemes are served?"""
-
-
-@dataclass(frozen=True)
-class DeployClaims:
-    """Which deployment tasks a backend serves."""
-
-    tasks: frozenset[str] = frozenset()
-    """Which of ``compile_options``, ``quantizer``, ``package`` and ``profiler``?"""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
 from torchhal import environment, lock, scope
 from torchhal import registry as registry_module
+from torchhal._caches import fast_cache, forget_all
 from torchhal.errors import AmbiguousBackends, BackendWarning, FallbackWarning, InvalidProblem, Unsupported
 from torchhal.problems import Decline, Plan, Problem
 from torchhal.registry import REFERENCE, Backend, Registry, registry
@@ -112,21 +113,6 @@ class _Explained(BaseException):
 
 
 _lock = threading.RLock()
-Cache = TypeVar("Cache", dict[Any, Any], list[Any])
-_forgotten: list[dict[Any, Any] | list[Any]] = []
-
-
-def forgotten_on_reset(cache: Cache) -> Cache:
-    """The same cache, which :func:`reset` empties from now on."""
-    _forgotten.append(cache)
-    return cache
-
-
-def fast_cache() -> dict[Any, Any]:
-    """A dictionary of choices that :func:`reset` empties."""
-    return forgotten_on_reset({})
-
-
 _selected: dict[tuple[object, ...], Selected] = fast_cache()
 _routes: dict[tuple[object, ...], Route] = fast_cache()
 
@@ -135,8 +121,7 @@ def reset() -> None:
     """Forget every plan, route and loaded plugin; environment and lock file are read again when needed."""
     with _lock:
         registry_module.reset()
-        for cache in _forgotten:
-            cache.clear()
+        forget_all()
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -150,7 +150,7 @@ class _Function:
 
     def __call__(self, *values: Any) -> Any:
         placeholders = [n for n in self.body.graph.nodes if n.op == "placeholder"]
-        env = dict(zip(placeholders, map(_as_tensor, self.operands), strict=True))
+        env = dict(zip(placeholders, map(_as_captured, self.operands), strict=True))
         env.update({node: values[cast(int, node.args[1])] for node in self.arguments})
         results = tuple(_Slice(self.body, output).evaluate(env) for output in self.outputs)
         return results if self.structure == "tuple" else results[0]
@@ -203,8 +203,11 @@ def _op(name: str) -> tuple[Any, ...]:
     return packet, packet.default
 
 
-def _as_tensor(operand: Any) -> Any:
-    """A number that Dynamo keeps symbolic, as the 0-dim tensor a function captures; tensors as they are."""
+def _as_captured(operand: Any) -> Any:
+    """A number that Dynamo keeps symbolic, as that of the 0-dim tensor a function captures; tensors as they are.
+
+    To the capture that is under way, item() is no read of data: its result promotes as weakly as a number does.
+    """
     dtypes = {torch.SymInt: torch.int64, torch.SymFloat: torch.float64}
     dtype = dtypes.get(type(operand))
-    return operand if dtype is None else torch.full((), operand, dtype=dtype)
+    return operand if dtype is None else torch.full((), operand, dtype=dtype).item()

@@ -1,7 +1,9 @@
 """foreach_map under torch.compile.
 
-Numbers are constants of the graph here, as Dynamo has them; each combination of element types and numbers that
-occurs along the lists becomes a function of its own, and one operator once the node is run.
+Numbers are closed over by the functions, as constants or, from their second value on, as the symbols that Dynamo makes of
+them. An int may then change without a new trace; a float is a constant of each trace, as it is where torch's own
+``_foreach_`` functions are traced. Each combination of element types and numbers that occurs along the lists becomes a
+function of its own, and one operator once the node is run.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ def foreach_map(fn: Any, operands: tuple[Any, ...], backend: str | None, keyword
     if length == 0:
         return []
     kinds = [_kind(operands, position) for position in range(length)]
-    distinct = list(dict.fromkeys(kinds))
+    firsts = _firsts(kinds)
+    distinct = sorted(set(firsts))
     tensors = [item for operand in operands for item in _tensors(operand)]
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
-        family="foreach", which=[distinct.index(kind) for kind in kinds], backend=backend,
+        family="foreach", which=[distinct.index(first) for first in firsts], backend=backend,
         operands=["each" if _is_list(o) else "all" for o in operands if _tensors(o)],
         scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
-    functions = [(_bind(fn, keywords, operands, kinds.index(kind)), _types(kind)) for kind in distinct]
+    functions = [(_bind(fn, keywords, operands, first), _types(kinds[first])) for first in distinct]
     results = record(call, (), tensors, functions)
     several = len(results) % length == 1 or (length == 1 and len(results) > 1)
     lists = [list(results[start : start + length]) for start in range(0, len(results) - several, length)]
@@ -80,14 +83,40 @@ def _at(operand: Any, position: int) -> Any:
 
 
 def _kind(operands: tuple[Any, ...], position: int) -> tuple[Any, ...]:
-    """What tells one position's function from another's: element types, 0-dim or not, and numbers."""
+    """What may tell one position's function from another's: element types, 0-dim or not, and the numbers of lists."""
     items = [_at(operand, position) for operand in operands]
     return tuple(
         [
             (i.dtype, i.dim() == 0 and not _is_list(o)) if isinstance(i, Tensor) else i
             for i, o in zip(items, operands, strict=True)
+            if isinstance(i, Tensor) or _is_list(o)
         ]
     )
+
+
+def _firsts(kinds: list[tuple[Any, ...]]) -> list[int]:
+    """For each position, the first one with the same function."""
+    firsts: list[int] = []
+    for position, kind in enumerate(kinds):
+        # Known positions alone, one comparison of numbers after the other: that of tuples Dynamo refuses where a number
+        # is symbolic, as it is from the second value on.
+        found = position
+        for first in set(firsts):
+            if found == position and _alike(kind, kinds[first]):
+                found = first
+        firsts.append(found)
+    return firsts
+
+
+def _alike(kind: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    for mine, yours in zip(kind, other, strict=True):
+        if isinstance(mine, tuple) or isinstance(yours, tuple):
+            if not (isinstance(mine, tuple) and isinstance(yours, tuple) and mine == yours):
+                return False
+        # An int promotes otherwise than an equal float, and 0.0 is equal to -0.0.
+        elif type(mine) is not type(yours) or mine != yours or mine == 0:
+            return False
+    return True
 
 
 def _types(kind: tuple[Any, ...]) -> list[Argument]:

@@ -30,6 +30,8 @@ class GraphBuilder:
         self.captured = [CapturedSpec(dtype, ndim) for dtype, ndim in captured]
         self.nodes: list[Node] = []
         self._ids: dict[Node, int] = {}
+        self._reads: list[frozenset[int]] = []
+        """For each node, the inputs it depends on, whose shapes its own is made of."""
         for name, dtype in self.inputs:
             _check_dtype(dtype, f"input {name!r}")
 
@@ -52,6 +54,13 @@ class GraphBuilder:
         number = convert(value, dtype)
         attribute: Attribute = repr(number) if isinstance(number, float) else number
         return self._intern(Node("constant", (), dtype, attribute))
+
+    def exponent(self, value: Number) -> int:
+        """``value`` as the exponent of a float32 ``pow``: a float32 constant that keeps its float64 digits.
+
+        Torch's kernel rounds a number to float32 for the elements it raises by vectors, and does not for the rest.
+        """
+        return self._intern(Node("constant", (), torch.float32, repr(float(value))))
 
     def gather(self, position: int, indices: Sequence[int]) -> int:
         """The captured tensor at ``position``, indexed down to a scalar.
@@ -140,8 +149,11 @@ class GraphBuilder:
 
     def _simplify(self, primitive: str, operands: tuple[int, ...], dtype: torch.dtype) -> int:
         first = self.nodes[operands[0]]
-        if primitive == "where" and (operands[1] == operands[2] or first.primitive == "constant"):
-            return operands[1] if first.primitive != "constant" or first.attribute else operands[2]
+        if primitive == "where" and first.primitive == "constant":
+            return operands[1] if first.attribute else operands[2]
+        # Between equal branches a condition still counts where it reads an input that they do not: it broadcasts them.
+        if primitive == "where" and operands[1] == operands[2] and self._reads_no_more(*operands[:2]):
+            return operands[1]
         if primitive == "logical_not" and first.primitive == "logical_not":
             return first.operands[0]
         if primitive in ("logical_and", "logical_or"):
@@ -164,11 +176,16 @@ class GraphBuilder:
             self._intern(Node(primitive, operands, dtype)) if folded is None else self.constant(folded, dtype)
         )
 
+    def _reads_no_more(self, node: int, other: int) -> bool:
+        return self._reads[node] <= self._reads[other]
+
     def _intern(self, node: Node) -> int:
         known = self._ids.get(node)
         if known is None:
             known = self._ids[node] = len(self.nodes)
             self.nodes.append(node)
+            own = (node.position,) if node.primitive == "input" else ()
+            self._reads.append(frozenset(own).union(*[self._reads[i] for i in node.operands]))
         return known
 
     def _walk(self, outputs: Sequence[int]) -> list[int]:

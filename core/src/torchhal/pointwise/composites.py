@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchhal.pointwise.dtypes import REDUCED, is_float
-from torchhal.pointwise.functions import call, clamp, define, floating_unary, round_like, unify, where
+from torchhal.pointwise.functions import call, clamp, define, floating_unary, is_one, round_like, unify, where
 from torchhal.pointwise.promotion import Kind
 from torchhal.pointwise.values import Value
 
@@ -190,7 +190,7 @@ def lerp(t: Tracer, input: Any, end: Any, weight: Any) -> Value:
     """Torch picks the form by the weight, so that both ends are reached exactly."""
     start, stop, share = t.lift(input), t.lift(end), t.lift(weight)
     span = call("sub", stop, start)
-    near = call("add", start, call("mul", share, span))
+    near = call("add", start, call("mul", span, share))
     far = call("sub", stop, call("mul", span, call("sub", 1.0, share)))
     return where(t, call("lt", abs(share), 0.5), near, far)
 
@@ -198,13 +198,13 @@ def lerp(t: Tracer, input: Any, end: Any, weight: Any) -> Value:
 @define("addcmul")
 def addcmul(t: Tracer, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Value:
     product = call("mul", t.lift(tensor1), t.lift(tensor2))
-    return call("add", t.lift(input), product if value == 1 else call("mul", product, value))
+    return call("add", t.lift(input), product if is_one(value) else call("mul", product, value))
 
 
 @define("addcdiv")
 def addcdiv(t: Tracer, input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Value:
     quotient = call("div", t.lift(tensor1), t.lift(tensor2))
-    return call("add", t.lift(input), quotient if value == 1 else call("mul", quotient, value))
+    return call("add", t.lift(input), quotient if is_one(value) else call("mul", quotient, value))
 
 
 @define("nan_to_num")

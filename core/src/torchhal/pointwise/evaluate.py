@@ -31,14 +31,15 @@ def evaluate(
         upcast: compute every floating value in this dtype, for oracles; floating inputs and captured
             tensors may then have any floating dtype.
         clamp_indices: bring indices into range before reading. Attention evaluates positions that the
-            mask then discards; without clamping an index outside ``[-size, size)`` is torch's error.
+            mask then discards; without clamping an index outside ``[-size, size)`` is a mistake.
 
     Returns:
         One tensor per output, of the recorded dtype (``upcast`` for floating ones). Each has the
         broadcast shape of what it depends on; one that depends on no input is 0-dim.
 
     Raises:
-        InvalidProblem: wrong number of tensors, or a dtype or rank other than recorded.
+        InvalidProblem: wrong number of tensors, a dtype or rank other than recorded, or, where torch finds it (on the
+            CPU), an index outside a captured tensor.
 
     Gradients flow through autograd to inputs and captured tensors.
     """
@@ -114,7 +115,11 @@ class _Evaluation:
         if not node.operands:
             return source
         indices = [self._index(i, size) for i, size in zip(node.operands, source.shape, strict=True)]
-        return source[tuple(indices)]
+        try:
+            return source[tuple(indices)]
+        except IndexError:
+            _check_indices(node.position, source.shape, indices)
+            raise
 
     def _index(self, i: int, size: int) -> Tensor:
         index = self._tensor(i).long()
@@ -141,6 +146,18 @@ def _check(
         if tensor.dim() != spec.ndim:
             raise InvalidProblem(
                 f"captured tensor {i} must have {spec.ndim} dimensions, got shape {tuple(tensor.shape)}"
+            )
+
+
+def _check_indices(position: int, shape: torch.Size, indices: Sequence[Tensor]) -> None:
+    """Say which index is outside a captured tensor that torch could not index; data is read, for the call is over."""
+    for dim, (index, size) in enumerate(zip(indices, shape, strict=True)):
+        outside = index[(index < -size) | (index >= size)]
+        if outside.numel():
+            raise InvalidProblem(
+                f"captured tensor {position} has shape {tuple(shape)}, and the function reads index "
+                f"{int(outside.flatten()[0])} of its dimension {dim}; keep indices within the tensor, for example "
+                "with torch.clamp, or make it larger"
             )
 
 

@@ -80,16 +80,18 @@ def binary(t: Tracer, primitive: str, left: Any, right: Any, *, floating: bool =
 def widened(t: Tracer, primitive: str, left: Value, right: Value, *, then: str | None = None) -> Value | None:
     """The half-precision case in which torch's kernels keep float32 between operand and result.
 
-    That is multiplication and division by a scalar on the right that the half type would round: the
-    scalar keeps float32 precision and only the result (after ``then``) is rounded. None elsewhere.
+    That is multiplication and division by a scalar on the right that the half type would round, of a tensor with
+    dimensions or without: the scalar keeps float32 precision and only the result (after ``then``) is rounded. None
+    elsewhere.
     """
-    if left.kind is not Kind.LANE or right.kind is Kind.LANE:
+    if left.kind is Kind.NUMBER or right.kind is Kind.LANE:
         return None
     dtype = result_type([(left.dtype, left.kind), (right.dtype, right.kind)])
     if dtype not in REDUCED or _exact(t, right, dtype):
         return None
-    result = t.emit(primitive, Kind.LANE, t.convert(left, torch.float32), t.convert(right, torch.float32))
-    return t.convert(result if then is None else t.emit(then, Kind.LANE, result), dtype)
+    kind = max(left.kind, right.kind)
+    result = t.emit(primitive, kind, t.convert(left, torch.float32), t.convert(right, torch.float32))
+    return t.convert(result if then is None else t.emit(then, kind, result), dtype)
 
 
 def _exact(t: Tracer, value: Value, dtype: torch.dtype) -> bool:
@@ -103,8 +105,13 @@ def _exact(t: Tracer, value: Value, dtype: torch.dtype) -> bool:
 _COMPARISONS: Final = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
+def is_one(factor: Any) -> bool:
+    """Whether a factor is the number 1, which torch leaves out; one whose value is not known yet is not."""
+    return isinstance(factor, (int, float)) and factor == 1
+
+
 def _scaled(t: Tracer, other: Any, alpha: Any) -> Any:
-    return other if alpha == 1 else binary(t, "mul", t.lift(other), alpha)
+    return other if is_one(alpha) else binary(t, "mul", t.lift(other), alpha)
 
 
 @define("add")
@@ -125,10 +132,15 @@ def rsub(t: Tracer, input: Any, other: Any, *, alpha: Any = 1) -> Value:
 @define("mul")
 def mul(t: Tracer, input: Any, other: Any) -> Value:
     left, right = t.lift(input, "mul"), t.lift(other, "mul")
-    if left.kind is Kind.NUMBER:
-        left, right = right, left
     wide = widened(t, "mul", left, right)
     return binary(t, "mul", left, right) if wide is None else wide
+
+
+@define("operator_mul")
+def operator_mul(t: Tracer, input: Any, other: Any) -> Value:
+    """``input * other``: Python leaves a number on the left to the tensor's ``__rmul__``, where it stands right."""
+    left, right = t.lift(input, "mul"), t.lift(other, "mul")
+    return mul(t, right, left) if left.kind is Kind.NUMBER else mul(t, left, right)
 
 
 @define("div")
@@ -152,6 +164,13 @@ def _truncated_division(t: Tracer, left: Value, right: Value) -> Value:
     return round_like(t, "trunc", binary(t, "div", left, right, floating=True)) if wide is None else wide
 
 
+@define("operator_div")
+def operator_div(t: Tracer, input: Any, other: Any) -> Value:
+    """``input / other``: Python leaves a number on the left to the tensor's ``__rtruediv__``."""
+    left = t.lift(input, "div")
+    return operator_rdiv(t, left, other) if left.kind is Kind.NUMBER else div(t, left, other)
+
+
 @define("operator_rdiv")
 def operator_rdiv(t: Tracer, input: Any, other: Any) -> Value:
     """``input / other`` for a number ``input``: torch's operator multiplies by the reciprocal."""
@@ -168,19 +187,30 @@ def floor_divide(t: Tracer, input: Any, other: Any) -> Value:
     return binary(t, "floordiv", left, right) if wide is None else wide
 
 
-@define("pow", "float_power")
+@define("pow")
 def pow_(t: Tracer, input: Any, exponent: Any) -> Value:
     """Small constant exponents become the products and roots that torch's own kernel uses."""
-    operands, kind = unify(t, [t.lift(input), t.lift(exponent)], "pow")
-    base, power = operands
-    number = t.constant_value(power.node)
+    raised, by = t.lift(input, "pow"), t.lift(exponent, "pow")
+    (base, power), kind = unify(t, [raised, by], "pow")
+    # A number as it was written: torch compares, and raises the elements that fill no vector, in float64.
+    number = t.constant_value((by if by.kind is Kind.NUMBER else power).node)
     if base.dtype is torch.bool or (is_integer(base.dtype) and number is not None and number < 0):
         t.refuse(f"pow of a {base.dtype} value with exponent {number}", "convert the base to a float first")
-    if kind is not Kind.NUMBER and number is not None and base.dtype not in REDUCED:
-        special = _special_power(t, base, number)
-        if special is not None:
-            return special
+    if kind is Kind.NUMBER or number is None or base.dtype in REDUCED:
+        return t.emit("pow", kind, base, power)
+    special = _special_power(t, base, number)
+    if special is not None:
+        return special
+    if base.dtype is torch.float32 and by.kind is Kind.NUMBER:
+        power = Value(t, t.exponent(number), torch.float32, Kind.NUMBER)
     return t.emit("pow", kind, base, power)
+
+
+@define("float_power")
+def float_power(t: Tracer, input: Any, exponent: Any) -> Value:
+    """``pow`` in float64, whatever the operands are."""
+    operands = [t.lift(operand, "float_power") for operand in (input, exponent)]
+    return pow_(t, *(t.convert(operand, torch.float64) for operand in operands))
 
 
 def _special_power(t: Tracer, base: Value, number: float) -> Value | None:

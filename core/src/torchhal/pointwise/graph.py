@@ -23,7 +23,9 @@ class Node(NamedTuple):
         operands: ids of earlier nodes.
         dtype: the result's dtype.
         attribute: the input's position (``input``), the captured tensor's position (``gather``), the
-            number (``constant``: an int, a bool, or a float written as ``repr`` writes it), else None.
+            number (``constant``: an int, a bool, or a float written as ``repr`` writes it), else None. A number
+            has the precision of ``dtype``, apart from the exponent of a float32 ``pow``, which may have float64's
+            and which a backend may round.
     """
 
     primitive: str
@@ -72,7 +74,8 @@ class Graph:
     ``gather`` semantics: its operands are int32 or int64 indices, one per dimension of the captured
     tensor (none for a 0-dim one). A negative index counts from the end. An index outside
     ``[-size, size)`` is undefined: backends that evaluate positions a mask will discard must clamp
-    it or skip the load, never read outside the tensor.
+    it or skip the load, never read outside the tensor. At any other position it is a mistake of the function, which
+    a backend may leave unnoticed; one that notices raises :class:`~torchhal.errors.InvalidProblem`.
     """
 
     inputs: tuple[Input, ...]

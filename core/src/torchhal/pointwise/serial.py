@@ -37,6 +37,7 @@ def load(text: str) -> Graph:
     nodes: list[Node] = []
     for i, item in enumerate(_list(document["nodes"], "nodes")):
         nodes.append(_node(item, i, nodes, inputs, captured))
+    _check_precision(nodes)
     outputs = _ids(document["outputs"], len(nodes), "outputs")
     graph = Graph(inputs, captured, tuple(nodes), outputs)
     if dump(_rebuilt(graph)) != text:
@@ -161,7 +162,10 @@ def _leaf_dtype(
 
 def _check_constant(attribute: Attribute, dtype: torch.dtype, i: int) -> None:
     if is_float(dtype):
-        good = isinstance(attribute, str) and _is_float_text(attribute, dtype)
+        written = (
+            torch.float64 if dtype is torch.float32 else dtype
+        )  # _check_precision looks at what it is used for
+        good = isinstance(attribute, str) and _is_float_text(attribute, written)
     elif is_integer(dtype):
         good = type(attribute) is int and fits(attribute, dtype)
     else:
@@ -176,6 +180,15 @@ def _is_float_text(text: str, dtype: torch.dtype) -> bool:
         return repr(convert(float(text), dtype)) == text
     except ValueError:
         return False
+
+
+def _check_precision(nodes: list[Node]) -> None:
+    """Refuse digits that float32 does not hold in a constant that is no exponent."""
+    exponents = {node.operands[1] for node in nodes if node.primitive == "pow"}
+    for i, node in enumerate(nodes):
+        text = node.attribute if node.primitive == "constant" and i not in exponents else None
+        if isinstance(text, str) and not _is_float_text(text, node.dtype):
+            _refuse(f"node {i} holds {text!r}, which is no {NAME_OF[node.dtype]} constant")
 
 
 def _rebuilt(graph: Graph) -> Graph:

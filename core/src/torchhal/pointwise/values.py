@@ -167,8 +167,8 @@ class Value(Recorded):
 
     __add__, __radd__ = _binary("add"), _reflected("add")
     __sub__, __rsub__ = _binary("sub"), _reflected("sub")
-    __mul__, __rmul__ = _binary("mul"), _reflected("mul")
-    __truediv__, __rtruediv__ = _binary("div"), _reflected("operator_rdiv")
+    __mul__, __rmul__ = _binary("operator_mul"), _reflected("operator_mul")
+    __truediv__, __rtruediv__ = _binary("operator_div"), _reflected("operator_rdiv")
     __floordiv__, __rfloordiv__ = _binary("floor_divide"), _reflected("floor_divide")
     __mod__, __rmod__ = _binary("remainder"), _reflected("remainder")
     __pow__, __rpow__ = _binary("pow"), _reflected("pow")

@@ -45,9 +45,15 @@ are their derivatives, so that nothing undefined arises where nothing is asked."
 
 def plan(problem: AttentionProblem) -> Plan:
     """The reference's answer to every attention problem: yes."""
-    run = functools.partial(attention, problem)
     return Plan(
-        run=run, description="plain torch", deterministic=True, differentiable=True, workspace="O(L S)"
+        run=functools.partial(attention, problem),
+        description="plain torch",
+        deterministic=True,
+        # Packed and paged sequences are computed one by one. A dense batch is one batched product, for which torch
+        # takes another kernel, with other bits, where it is a batch of one.
+        batch_invariant=problem.layout != "dense",
+        differentiable=True,
+        workspace="O(L S)",
     )
 
 

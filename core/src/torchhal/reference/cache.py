@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import url2pathname
 
-from torchhal.cache import CacheStore, StoreStats, check_key
+from torchhal.cache import CacheStore, StoreStats, check_key, check_value
 from torchhal.errors import CacheIntegrityError, InvalidProblem, Unsupported
 from torchhal.problems import CacheStoreProblem, Decline, Plan
 
@@ -110,10 +110,10 @@ class FileStore:
         """See :meth:`torchhal.cache.CacheStore.put`.
 
         Raises:
-            InvalidProblem: the entry alone passes ``max_bytes``.
+            InvalidProblem: ``value`` is no bytes, or the entry alone passes ``max_bytes``.
             Unsupported: the directory can not be written to.
         """
-        path = self._path(key)
+        path, value = self._path(key), check_value(value)
         if self.max_bytes is not None and len(value) + _HEADER > self.max_bytes:
             raise InvalidProblem(
                 f"'{key}' needs {len(value) + _HEADER} bytes and the store is bounded to "
@@ -328,7 +328,7 @@ class MemoryStore:
 
     def put(self, key: str, value: bytes) -> None:
         """See :meth:`torchhal.cache.CacheStore.put`."""
-        self._entries[check_key(key)] = bytes(value)
+        self._entries[check_key(key)] = check_value(value)
 
     def exists(self, key: str) -> bool:
         """See :meth:`torchhal.cache.CacheStore.exists`."""
