@@ -9,10 +9,16 @@ import ctypes
 import dataclasses
 import gc
 import itertools
+import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import types
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +30,7 @@ from torch import Tensor
 
 from torchhal import BackendInfo, Capabilities, Decline, Plan, hookimpl
 from torchhal.problems import AttentionClaims
+from torchhal_conformance import tolerance
 from torchhal_conformance.model import HarnessError
 
 DENSE: Final = AttentionClaims(dtypes=frozenset({torch.float32}), layouts=frozenset({"dense"}))
@@ -36,6 +43,9 @@ ORDERS: Final = "HOSTILE_ORDERS"
 """Environment variable with a file that names the harm that ``as_ordered`` does."""
 CHILDREN: Final = "HOSTILE_CHILDREN"
 """Environment variable with a file that the ids of child processes are written to."""
+
+STARTED: Final = "HOSTILE_STARTED"
+"""Environment variable with a file that is there once a process has loaded ``comes_up_once``."""
 
 _numbers = itertools.count()
 
@@ -119,9 +129,76 @@ def _leave_a_child() -> None:
         file.write(f"{child.pid}\n")
 
 
+def _leave_a_daemon() -> None:
+    """A process of its own session whose parent is dead: neither group nor descent leads to it."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            with Path(os.environ[CHILDREN]).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            os.closerange(0, 4096)
+            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])
+        os._exit(0)
+    os.wait()
+
+
+def _leave_a_daemon_and_die() -> None:
+    _leave_a_daemon()
+    os._exit(3)
+
+
 def _leave_a_child_and_die() -> None:
     _leave_a_child()
     os._exit(3)
+
+
+def _leave_threads() -> None:
+    for _ in range(3):
+        threading.Thread(target=_loop, daemon=True).start()
+
+
+def _stop_the_keeper() -> None:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os._exit(4)
+
+
+def _ignore_signals_and_loop() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    _loop()
+
+
+def _limit_everything() -> None:
+    import resource
+
+    for what in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        resource.setrlimit(what, (0, 0))
+
+
+def _leave_the_folder() -> None:
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+
+
+def _ruin_the_modules() -> None:
+    for name in [name for name in sys.modules if name.startswith(("torchhal", "json", "multiprocessing"))]:
+        sys.modules[name] = types.ModuleType(name)
+
+
+def _make_torch_agree() -> None:
+    """What a suite would judge with, made to say that all is well."""
+    torch.equal = lambda *tensors: True
+    torch.isfinite = lambda tensor: torch.ones_like(tensor, dtype=torch.bool)
+    tolerance.ratio = lambda *tensors: 0.0  # type: ignore[assignment]
+
+
+def _half_an_answer() -> None:
+    """A message of which the end never comes."""
+    for found in gc.get_objects():
+        if isinstance(found, Connection) and not found.closed:
+            os.write(found.fileno(), (1000).to_bytes(4, "big") + b"{")
+    time.sleep(600)
 
 
 def _fill_memory() -> None:
@@ -152,6 +229,35 @@ def _answer_in_its_own_name(answer: bytes) -> Callable[[], None]:
                 found.send_bytes(answer)
 
     return send
+
+
+def _result(**changes: Any) -> bytes:
+    empty = dict.fromkeys(("case", "ratio", "error", "expected", "got", "note", "seconds", "left"))
+    return json.dumps({**empty, "status": "pass", **changes}).encode()
+
+
+def _current_case() -> str:
+    """The case that is being examined, as its process's stack has it."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "_examined":
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return str(frame.f_locals["name"])
+
+
+def _forge() -> None:
+    """Answers the run itself that the case has passed, and keeps the true answer from it."""
+    for found in gc.get_objects():
+        if isinstance(found, Connection) and not found.closed:
+            found.send_bytes(_result(case=_current_case(), ratio=0.5, seconds=0.01))
+            found.send_bytes(FORGED_TAPE)
+            while True:  # in the worker's place from here on
+                case = found.recv_bytes().decode()
+                found.send_bytes(_result(case=case, ratio=0.5, seconds=0.01))
+                found.send_bytes(FORGED_TAPE)
+
+
+FORGED_TAPE: Final = b""
 
 
 def _write_past_the_end(
@@ -203,9 +309,25 @@ HARM: Final[dict[str, Callable[[], object]]] = {
     "leaves a child": _leave_a_child,
     "leaves a child and dies": _leave_a_child_and_die,
     "answers for another": _answer_in_its_own_name(b'{"case": "another", "status": "pass"}'),
+    "leaves a daemon": _leave_a_daemon,
+    "leaves a daemon and dies": _leave_a_daemon_and_die,
+    "leaves threads": _leave_threads,
+    "stops the keeper": _stop_the_keeper,
+    "ignores signals": _ignore_signals_and_loop,
+    "limits everything": _limit_everything,
+    "leaves the folder": _leave_the_folder,
+    "ruins the modules": _ruin_the_modules,
+    "gives half an answer": _half_an_answer,
+    "answers brackets": _answer_in_its_own_name(b"[" * 100_000),
+    "answers endless numbers": lambda: _answer_in_its_own_name(
+        _result(case=_current_case(), ratio=10**400)
+    )(),
+    "takes infinite time": lambda: _answer_in_its_own_name(_result(case=_current_case(), seconds=math.inf))(),
     "answers nonsense": _answer_in_its_own_name(b"\x80\x05this is no JSON"),
 }
 as_ordered = plugin(_as_ordered)
+forges = plugin(_forge)
+agrees_with_itself = plugin(run=lambda *given: (_make_torch_agree(), zeros(*given))[1])
 raises = plugin(throw(RuntimeError("the kernel gave up")))
 writes_past_the_end = plugin(run=_write_past_the_end)
 varlen_is_not_there = plugin(
@@ -226,6 +348,12 @@ identity_exits = SimpleNamespace(torchhal_backend=throw(SystemExit(0)))
 
 def __getattr__(name: str) -> Any:
     """What happens as early as an import."""
+    if name == "comes_up_once":
+        mark = Path(os.environ[STARTED])
+        if mark.exists():
+            raise RuntimeError("not again")
+        mark.touch()
+        return plugin(lambda: os._exit(9), name="comes_up_once")
     if name == "quits_at_import":
         os._exit(0)
     if name == "hangs_at_import":

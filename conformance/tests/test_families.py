@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,23 @@ import torch
 
 import torchhal
 from torchhal import problems, selection
+from torchhal.errors import Unsupported
 from torchhal.problems import Capabilities, Plan
 from torchhal.reference.plugin import CAPABILITIES
 from torchhal.registry import registry
 from torchhal_conformance import calls, examine
-from torchhal_conformance.checks import context_parallel, foreach, gradients, numbers, services
-from torchhal_conformance.families import samples
+from torchhal_conformance.checks import (
+    all_checks,
+    check_named,
+    context_parallel,
+    far,
+    foreach,
+    gradients,
+    merging,
+    numbers,
+)
+from torchhal_conformance.families import attention, samples
+from torchhal_conformance.families.foreach import apart
 from torchhal_conformance.model import Check, CheckFailed, Sample
 from torchhal_conformance.mutants.services import CarelessStore
 
@@ -31,8 +43,8 @@ def sample_named(family: str, name: str) -> Sample:
     return next(sample for sample in samples(family) if sample.name == name)
 
 
-def check_named(module: Any, name: str) -> Check:
-    return next(check for check in module.checks() if check.name == name)
+def checks_of(*families: str) -> list[Check]:
+    return [check for check in all_checks() if check.name.partition(".")[0] in families]
 
 
 # ---------------------------------------------------------------------------- coverage
@@ -50,7 +62,9 @@ def test_every_claim_and_every_type_has_a_sample(family: str) -> None:
 
 
 def test_every_scheme_and_task_of_the_reference_has_a_sample() -> None:
-    found = {sample.needs.choice for check in services.checks() for sample in check.samples()}
+    found = {
+        sample.needs.choice for check in checks_of("cache_store", "deploy") for sample in check.samples()
+    }
     assert CAPABILITIES.cache_store is not None
     assert CAPABILITIES.deploy is not None
     assert found == CAPABILITIES.cache_store.schemes | CAPABILITIES.deploy.tasks
@@ -83,6 +97,55 @@ def test_needs_are_what_the_call_asks_for_no_more_and_no_less(
         assert sample.needs.dtypes == frozenset().union(*(p.dtypes for p in asked)), sample.name
 
 
+# ---------------------------------------------------------------------------- what lies far apart
+
+
+def test_what_is_spread_keeps_its_values_and_is_too_far_apart_for_32_bits() -> None:
+    tensor = torch.randn(3, 4, 5).to(torch.bfloat16)
+    for dimension in range(3):
+        spread = apart(tensor, dimension)
+        assert torch.equal(spread, tensor)
+        assert (tensor.shape[dimension] - 1) * spread.stride(dimension) > 2**31
+        assert spread.stride(dimension) % 64 == 0, "what is aligned stays aligned"
+
+
+@pytest.mark.parametrize(("free", "refused"), [(None, False), (6 << 30, False), (4 << 30, True)])
+def test_a_device_without_room_is_untestable_and_says_how_much_it_has(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, refused: bool
+) -> None:
+    monkeypatch.setattr(far, "_free", lambda device: free)
+    message = r"need 5 GiB free on cpu, which has 4\.0; end what else uses it"
+    with pytest.raises(Unsupported, match=message) if refused else nullcontext():
+        far.require_room(torch.device("cpu"))
+
+
+def test_memory_that_an_allocator_keeps_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = {"get_memory_info": (100, 900), "memory_reserved": 70, "memory_allocated": 30}
+    for name, reading in readings.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda device, reading=reading: reading)
+    assert far._free(torch.device("meta")) == 140
+    assert far._free(torch.device("cpu")) is None, "a host spends memory when it is touched"
+
+
+@quiet
+@pytest.mark.parametrize("module", [far, merging], ids=["far", "merging"])
+def test_the_reference_finds_what_lies_far_apart_and_can_be_merged(module: Any) -> None:
+    for check in module.checks():
+        accepted(check.run, list(check.samples()))
+
+
+@quiet
+def test_a_sink_is_one_softmax_whichever_way_it_is_computed() -> None:
+    """A score in place of the first key's, and a merge with a logit beside the other keys, are the same numbers."""
+    replaced = attention.sample(attention.Call(score_mod="sink", dtype=torch.float64, lse=True))
+    inputs = calls.make(replaced, "reference", 3)
+    beside = attention.sample(attention.Call(sink=True, dtype=torch.float64, lse=True, keys=12))
+    rest = {"query": inputs["query"], "sink": inputs["score_mod_tensor"]}
+    rest |= {name: inputs[name][:, :, 1:] for name in ("key", "value")}
+    for one, other in zip(replaced.call("reference", inputs), beside.call("reference", rest), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # ---------------------------------------------------------------------------- the reference
 
 
@@ -111,13 +174,12 @@ def test_the_reference_has_the_gradients(family: str) -> None:
 
 @quiet
 def test_the_reference_has_torchs_bits() -> None:
-    accepted(foreach.run, list(check_named(foreach, "foreach.bitwise").samples()))
+    accepted(foreach.run, list(check_named("foreach.bitwise").samples()))
 
 
 CASES = [
     (check, sample)
-    for module in (services, context_parallel)
-    for check in module.checks()
+    for check in checks_of("cache_store", "deploy", "context_parallel")
     for sample in check.samples()
 ]
 
@@ -270,9 +332,9 @@ STORE_FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORE_FAULTS)
 def test_a_careless_store_is_found_by_every_check(faulty: Faulty, name: str) -> None:
-    sample = next(s for s in check_named(services, name).samples() if s.name == "file")
+    sample = next(s for s in check_named(name).samples() if s.name == "file")
     with pytest.raises(CheckFailed, match=STORE_FAULTS[name]):
-        check_named(services, name).run(faulty("store"), sample, 1)
+        check_named(name).run(faulty("store"), sample, 1)
 
 
 @quiet
@@ -282,7 +344,7 @@ def test_a_careless_store_is_found_by_every_check(faulty: Faulty, name: str) -> 
 def test_a_task_done_wrongly_is_found(faulty: Faulty, task: str) -> None:
     if task == "quantizer":
         pytest.importorskip("torchao")
-    check = check_named(services, "deploy.tasks")
+    check = check_named("deploy.tasks")
     sample = next(s for s in check.samples() if s.name == task)
     with pytest.raises((CheckFailed, RuntimeError)):
         check.run(faulty("tasks"), sample, 1)
@@ -291,7 +353,7 @@ def test_a_task_done_wrongly_is_found(faulty: Faulty, task: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(DEADLINE)
 def test_positions_counted_from_the_start_of_a_shard_are_found(faulty: Faulty) -> None:
-    check = check_named(context_parallel, "context_parallel.numbers")
+    check = check_named("context_parallel.numbers")
     with pytest.raises(CheckFailed, match="causal.* within its bound"):
         check.run(faulty("rows"), next(iter(check.samples())), 1)
 
@@ -299,6 +361,6 @@ def test_positions_counted_from_the_start_of_a_shard_are_found(faulty: Faulty) -
 @pytest.mark.slow
 def test_a_rank_that_never_ends_is_ended(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_parallel, "SECONDS", 20.0)
-    check = check_named(context_parallel, "context_parallel.numbers")
+    check = check_named("context_parallel.numbers")
     with pytest.raises(CheckFailed, match="2 ranks to end within 20 s"):
         check.run(faulty("stuck"), next(iter(check.samples())), 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +15,9 @@ import hostile
 import pytest
 
 from torchhal.registry import registry
-from torchhal_conformance import corpus, examine, pool
-from torchhal_conformance.pool import StartFailed, Worker
+from torchhal_conformance import child, corpus, examine, judge, keeper
+from torchhal_conformance.child import StartFailed
+from torchhal_conformance.pool import Examiners, Worker
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -123,7 +127,7 @@ def test_the_end_of_the_process_fails_the_case_and_says_how_it_ended(
     assert (result["case"], result["status"]) == (NEXT, "pass")
 
 
-@pytest.mark.parametrize("harm", ["loops", "sleeps"])
+@pytest.mark.parametrize("harm", ["loops", "sleeps", "ignores signals", "gives half an answer"])
 def test_a_call_that_does_not_return_is_a_timeout(examined: Examine, harm: str) -> None:
     examined("nothing")
     begin = time.monotonic()
@@ -143,21 +147,79 @@ def test_without_standard_output_and_error_the_cases_go_on(examined: Examine) ->
     assert examined("nothing", NEXT)["status"] == "pass"
 
 
-@pytest.mark.parametrize("harm", ["answers for another", "answers nonsense"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "answers for another",
+        "answers nonsense",
+        "answers brackets",
+        "answers endless numbers",
+        "takes infinite time",
+    ],
+)
 def test_an_answer_that_is_no_result_of_the_case_is_refused(examined: Examine, harm: str) -> None:
     assert_failed(examined(harm), "Garbled", "no result")
     assert examined("nothing", NEXT)["status"] == "pass"
 
 
-def test_a_child_that_outlives_its_dead_worker_is_ended(examined: Examine) -> None:
-    assert_failed(examined("leaves a child and dies"), "Crash", "exit code 3")
+@pytest.mark.parametrize("harm", ["leaves threads", "ruins the modules"])
+def test_a_process_that_was_made_useless_is_replaced_before_long(examined: Examine, harm: str) -> None:
+    examined(harm)
+    found = [examined("nothing", NEXT)["status"] for _ in range(2)]
+    assert found[-1] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("harm", "what"),
+    [("limits everything", "resource limits"), ("leaves the folder", "the working directory")],
+)
+def test_a_case_that_changes_what_others_need_says_so_and_harms_none(
+    examined: Examine, harm: str, what: str
+) -> None:
+    assert what in str(examined(harm)["note"])
+    assert examined("nothing", NEXT)["status"] == "pass"
+
+
+@pytest.mark.parametrize("what", ["child", "daemon"])
+def test_whoever_outlives_a_dead_worker_is_ended(examined: Examine, what: str) -> None:
+    assert_failed(examined(f"leaves a {what} and dies"), "Crash", "exit code 3")
     assert_children_are_gone()
 
 
-def test_a_child_ends_with_the_worker(examined: Examine, shared: Worker) -> None:
-    assert examined("leaves a child")["status"] == "pass"
+@pytest.mark.parametrize("what", ["child", "daemon"])
+def test_whoever_a_worker_started_ends_with_it(examined: Examine, shared: Worker, what: str) -> None:
+    assert examined(f"leaves a {what}")["status"] == "pass"
     shared.stop()
     assert_children_are_gone()
+
+
+def test_a_worker_that_stops_its_keeper_gains_nothing(
+    examined: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "STOP_SECONDS", 1.0)
+    assert_failed(examined("stops the keeper"), "Crash", "closed its connection")
+    assert examined("nothing", NEXT)["status"] == "pass"
+
+
+def test_a_worker_ends_with_the_process_that_started_it(orders: Path, tmp_path: Path) -> None:
+    orders.write_text("leaves a daemon")
+    code = (
+        "import os, signal; from torchhal_conformance.pool import Worker; "
+        f"Worker('', 'hostile:as_ordered', 0, 60.0, 1).run({CASE!r}); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    assert_children_are_gone()
+
+
+def test_the_keeper_ends_its_own_descendants_and_nobody_else(tmp_path: Path) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleeper) as stranger:
+        kept = subprocess.Popen([sys.executable, keeper.__file__, *sleeper], stdin=subprocess.PIPE)
+        time.sleep(0.5)
+        kept.communicate(timeout=10)
+        assert kept.returncode == 0
+        assert stranger.poll() is None
+        stranger.kill()
 
 
 def lives(process: int) -> bool:
@@ -171,11 +233,85 @@ def lives(process: int) -> bool:
 def assert_children_are_gone() -> None:
     children = [int(line) for line in Path(os.environ[hostile.CHILDREN]).read_text().split()]
     assert children
-    for child in children:
+    for process in children:
         deadline = time.monotonic() + 5
-        while lives(child):
-            assert time.monotonic() < deadline, f"{child} lives on"
+        while lives(process):
+            assert time.monotonic() < deadline, f"{process} lives on"
             time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------- what is judged elsewhere
+
+
+@pytest.fixture
+def tried(orders: Path) -> Iterator[Callable[[str], Examiners]]:
+    everyone: list[Examiners] = []
+
+    def start(name: str) -> Examiners:
+        everyone.append(Examiners([Worker("", f"hostile:{name}", 0, 20.0, 1)], 0, 1))
+        everyone[-1].start()
+        return everyone[-1]
+
+    yield start
+    for examiners in everyone:
+        examiners.__exit__()
+
+
+Tried = Callable[[str], Examiners]
+
+
+def test_what_an_honest_backend_gives_is_judged_where_it_is_not(tried: Tried) -> None:
+    examiners = tried("good")
+    found = examiners.run(NEXT, is_recorded=True)
+    alone = examiners.first.run(NEXT)
+    assert (found["status"], found["judged"]) == ("pass", "apart")
+    assert found["ratio"] == alone["ratio"] > 0
+
+
+def test_a_backend_that_makes_torch_agree_with_everything_fools_its_own_process_alone(tried: Tried) -> None:
+    examiners = tried("agrees_with_itself")
+    assert examiners.first.run(NEXT)["status"] == "pass"
+    result = examiners.run(NEXT, is_recorded=True)
+    assert (result["status"], result["judged"]) == ("fail", "apart")
+    assert "within its bound" in result["expected"]
+
+
+def test_an_answer_that_is_forged_in_every_field_lacks_the_results(tried: Tried) -> None:
+    examiners = tried("forges")
+    for case in (CASE, NEXT):
+        result = examiners.run(case, is_recorded=True)
+        assert (result["case"], result["status"], result["error"]["class"]) == (case, "fail", "Forged")
+
+
+def test_the_judge_says_of_what_it_can_not_see_that_it_did_not(tried: Tried) -> None:
+    compiled = next(c.id for c in corpus.cases() if c.check.name == "attention.compiled_lengths")
+    examiners = tried("good")
+    for case, is_recorded in ((compiled, True), (compiled, False)):
+        result = examiners.run(case, is_recorded)
+        assert (result["status"], result["judged"]) == ("pass", "within"), result
+
+
+def test_no_check_of_numbers_is_left_to_the_word_of_a_worker() -> None:
+    left = {case.check.name for case in corpus.cases() if not judge.is_recorded(case.check.name)}
+    assert not [
+        name
+        for name in left
+        if name.endswith((".numbers", ".gradients", ".bitwise")) and "parallel" not in name
+    ]
+
+
+def test_a_process_that_comes_up_no_more_is_given_up_after_a_few_tries(
+    tried: Tried, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(hostile.STARTED, str(tmp_path / "started"))
+    examiners = tried("comes_up_once")
+    found = [examiners.run(case, is_recorded=True) for case in (CASE, CASE, NEXT)]
+    assert [r["status"] for r in found] == ["fail", "error", "error"]
+    assert (
+        "3 tries: plugin hostile:comes_up_once does not load: RuntimeError: not again"
+        in found[1]["error"]["message"]
+    )
+    assert found[2]["error"]["class"] == "StartFailed"
 
 
 # ---------------------------------------------------------------------------- beyond a plan's run
@@ -234,7 +370,7 @@ def test_a_plugin_that_does_not_load_stops_the_run_with_what_it_said(
 def test_an_import_that_hangs_is_given_up(
     loaded: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "START_SECONDS", 8.0)
+    monkeypatch.setattr(child, "START_SECONDS", 8.0)
     with pytest.raises(StartFailed, match="not ready within 8 s"):
         loaded("hangs_at_import").run(CASE)
 

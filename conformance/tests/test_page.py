@@ -323,6 +323,28 @@ def test_the_address_opens_a_case(browser: str, tmp_path: Path) -> None:
         assert words in opened
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, "--backend cpu_x86 --seed 7 --case"),
+        ({"seed": 7, "profile": "training"}, "--backend cpu_x86 --profile training --seed 7 --case"),
+        ({"distribution": "plugin mine:a.b"}, "--plugin mine:a.b --case"),
+        ({"distribution": "plugin it's mine"}, "--plugin 'it'\\''s mine' --case"),
+    ],
+    ids=lambda value: "",
+)
+def test_the_command_that_reproduces_a_case_names_all_that_decides_it(
+    browser: str, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    report = failing()
+    report.header["backend"]["distribution"] = changes.pop("distribution", "torchhal")
+    report.header.update(changes)
+    (command,) = Rendered(browser, tmp_path, [report], f"#case={FAILING}").part(
+        r'<pre id="command">(.*?)</pre>'
+    )
+    assert command == f"torchhal-conformance run {words} '{FAILING}'"
+
+
 def test_hostile_words_are_shown_and_not_run(browser: str, tmp_path: Path) -> None:
     seen = Rendered(browser, tmp_path, [failing(HOSTILE, HOSTILE)], f"#case={FAILING}")
     assert "<title>torchhal conformance: &lt;/script&gt;" in seen.dom

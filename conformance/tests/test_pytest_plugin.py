@@ -63,6 +63,14 @@ def test_a_failure_says_what_it_is_and_how_to_reproduce_it(session: pytest.Pytes
     )
 
 
+def test_the_command_that_reproduces_a_case_names_all_that_decides_it() -> None:
+    from torchhal_conformance.run import Options
+
+    assert Options("mine").command("a/b") == "torchhal-conformance run --backend mine --case a/b"
+    other = Options("", "training", plugin="m:p", seed=7).command("a/b c")
+    assert other == "torchhal-conformance run --plugin m:p --profile training --seed 7 --case 'a/b c'"
+
+
 def test_a_claimed_case_that_is_declined_fails(session: pytest.Pytester) -> None:
     result = outcomes(session, "declines")
     result.assert_outcomes(failed=1)

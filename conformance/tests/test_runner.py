@@ -1,86 +1,37 @@
-"""Runs, reports, waivers and the command line: what is written is what happened, and what was altered is found."""
+"""Runs and the command line: what is written is what happened, whatever becomes of the processes."""
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
-from typer.testing import CliRunner, Result
+from in_process import CLAIMED, GOOD, REFUSED, InProcess, changed, command, lines
 
-from torchhal.registry import registry
-from torchhal_conformance import corpus, examine, explore, records, run, waivers
-from torchhal_conformance.cli import app
+from torchhal_conformance import run
+from torchhal_conformance.child import StartFailed
+from torchhal_conformance.pool import STARTS
 from torchhal_conformance.records import ReportError
-from torchhal_conformance.run import Options
 
 pytestmark = pytest.mark.timeout(90)
-
-CLAIMED = (
-    "attention.numbers/dense-float32-b2-h4-l1-s1-e16",
-    "attention.numbers/dense-float32-b2-h4-l15-s17-e16",
-    "attention.numbers/dense-float32-b2-h4-l9-s0-e16",
-    "attention.determinism/dense-float32-b2-h4-l1-s1-e16",
-)
-REFUSED = (
-    "attention.numbers/varlen-float32-b4-h4-l9-s13-e16",
-    "attention.numbers/varlen-float32-causal-b4-h4-l9-s13-e16",
-)
-TODAY = datetime.date(2026, 11, 25)
-GOOD = Options("", plugin="hostile:good")
-
-
-class InProcess:
-    """A worker without a process, for backends that leave this one alone."""
-
-    def __init__(self, backend: str, plugin: str, seed: int, timeout: float, threads: int) -> None:
-        self.backend, self.seed = examine.load_plugin(plugin), seed
-
-    def start(self) -> None:
-        """It is there."""
-
-    def close(self) -> None:
-        """It stays."""
-
-    def run(self, case: str) -> dict[str, Any]:
-        named = explore.case_named if case.startswith("explore.") else corpus.case_named
-        return {"case": case, **examine.examine(named(case, self.seed), self.backend)}
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A corpus of six cases, all required."""
-    whole, ids = corpus.cases, {*CLAIMED, *REFUSED}
-    monkeypatch.setattr(corpus, "cases", lambda seed=0: tuple(c for c in whole(seed) if c.id in ids))
-    monkeypatch.setattr(corpus, "frozen", lambda profile, edition="": frozenset(ids))
-    monkeypatch.setattr(registry(), "backends", dict(registry().backends))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    in_process.few(monkeypatch)
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "Worker", InProcess)
+    in_process.in_this_process(monkeypatch)
 
 
 @pytest.fixture
 def report(here: None, tmp_path: Path) -> Path:
     run.run(GOOD, tmp_path / "report.jsonl")
     return tmp_path / "report.jsonl"
-
-
-def changed(options: Options, **changes: Any) -> Options:
-    return Options(**{**vars(options), **changes})
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 # ---------------------------------------------------------------------------- runs
@@ -110,9 +61,10 @@ def test_two_runs_of_one_seed_differ_in_times_alone(report: Path, tmp_path: Path
 def test_two_processes_give_the_same_results_in_the_same_order_as_none(
     report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchhal_conformance.pool import Worker
+    from torchhal_conformance.pool import Judge, Worker
 
     monkeypatch.setattr(run, "Worker", Worker)
+    monkeypatch.setattr(run, "Judge", Judge)
     double = run.run(changed(GOOD, jobs=2), tmp_path / "double.jsonl")
     timeless = [[{**r, "seconds": None} for r in found] for found in (double.results, lines(report)[1:-1])]
     assert timeless[0] == timeless[1]
@@ -202,121 +154,39 @@ def test_a_backend_that_does_not_do_what_it_claims_is_not_conformant(
     assert run.faults(path) == []
 
 
-# ---------------------------------------------------------------------------- waivers
+class DiesForGood(InProcess):
+    """A worker that comes up once, and whose backend then ends it."""
 
-WAIVER = {
-    "case": "attention.*", "owner": "tests", "issue": "https://example.org/1", "error": "RuntimeError",
-    "reason": "it gives up", "expires": TODAY + datetime.timedelta(days=30),
-}  # fmt: skip
+    starts = 0
 
+    def start(self) -> None:
+        DiesForGood.starts += 1
+        if DiesForGood.starts > 1:
+            raise StartFailed("it was corrupted")
+        super().start()
 
-@pytest.fixture
-def waived(tmp_path: Path) -> Callable[..., tuple[waivers.Waiver, ...]]:
-    def write(**changes: Any) -> tuple[waivers.Waiver, ...]:
-        path = tmp_path / "waivers.toml"
-        entry = {key: value for key, value in {**WAIVER, **changes}.items() if value is not None}
-        texts = [f"{k} = {json.dumps(v) if isinstance(v, str) else v}" for k, v in entry.items()]
-        path.write_text("[[waiver]]\n" + "\n".join(texts))
-        return waivers.read(path, TODAY)
-
-    return write
+    def recorded(self, case: str) -> tuple[dict[str, Any], bytes]:
+        if case == CLAIMED[2]:
+            self.start()
+        return super().recorded(case)
 
 
-Waived = Callable[..., tuple[waivers.Waiver, ...]]
-
-
-def statuses(options: Options, path: Path) -> list[str]:
-    return [r["status"] for r in run.run(options, path).results if r["case"] in CLAIMED]
-
-
-def test_a_waiver_covers_the_failures_it_names_and_no_other(
-    here: None, waived: Waived, tmp_path: Path
+def test_a_run_whose_workers_come_up_no_more_ends_with_a_footer_and_no_verdict(
+    here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bad = Options("", plugin="hostile:raises")
-    path = tmp_path / "waived.jsonl"
-    numbers = waived(case="attention.numbers/dense-*l1-s1-*")
-    found = statuses(changed(bad, waivers=numbers), path)
-    assert sorted(found)[-1] == "waived"
-    assert found.count("waived") == 1
-    assert "waived" not in statuses(changed(bad, waivers=waived(error="CheckFailed")), path)
-
-
-def test_a_waiver_of_what_passes_is_stale_and_fails(here: None, waived: Waived, tmp_path: Path) -> None:
-    path = tmp_path / "stale.jsonl"
-    found = statuses(changed(GOOD, waivers=waived(case=CLAIMED[0])), path)
-    assert sorted(found) == ["pass", "pass", "pass", "stale-waiver"]
-    assert lines(path)[-1]["verdict"] == "NOT CONFORMANT"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"expires": TODAY - datetime.timedelta(days=1)}, "expired"),
-        ({"expires": TODAY + datetime.timedelta(days=181)}, "at most 180 days"),
-        ({"expires": "soon"}, "a date"),
-        ({"colour": "red"}, "colour"),
-        ({"owner": None}, "owner"),
-        ({"reason": " "}, "reason"),
-    ],
-    ids=["expired", "too long", "no date", "unknown field", "missing field", "empty field"],
-)
-def test_a_waiver_that_can_not_be_honoured_is_refused(
-    waived: Waived, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(waivers.WaiverError, match=message):
-        waived(**changes)
-
-
-# ---------------------------------------------------------------------------- verification
-
-ALTERATIONS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
-    "a removed result": (lambda r: r.pop(2), "1 cases are missing"),
-    "a duplicated result": (lambda r: r.insert(2, r[2]), "more than one result"),
-    "an edited status": (lambda r: r[1].update(status="fail"), "digest"),
-    "an edited ratio": (lambda r: r[1].update(ratio=0.125), "digest"),
-    "no footer": (lambda r: r.pop(), "no footer"),
-    "an edited verdict": (lambda r: r[-1].update(verdict="CONFORMANT!"), "verdict"),
-    "an edited count": (lambda r: r[-1].update(passed=5), "passed"),
-    "an unknown field": (lambda r: r[1].update(colour="red"), "colour"),
-    "a missing field": (lambda r: r[0].pop("backend"), "backend"),
-    "an unknown claim": (lambda r: r[0].update(claims={"tea": {}}), "header"),
-    "another corpus": (lambda r: r[0].update(corpus="0" * 64), "the corpus is another one"),
-    "another seed": (lambda r: r[0].update(seed=3), "digest"),
-    "results after the footer": (lambda r: r.append(r[1]), "after the footer"),
-    "no header": (lambda r: r.pop(0), "no place"),
-}
-
-
-@pytest.mark.parametrize("alteration", ALTERATIONS)
-def test_an_altered_report_does_not_hold(report: Path, alteration: str) -> None:
-    alter, message = ALTERATIONS[alteration]
-    found = lines(report)
-    alter(found)
-    report.write_text("".join(map(records.line, found)))
-    result = command("verify", report)
-    assert result.exit_code == 1, result.output
-    assert message in result.output
-
-
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"[1]\n", b"not JSON\n", b"\xff\xfe\n"])
-def test_a_file_that_is_no_report_does_not_hold(tmp_path: Path, content: bytes) -> None:
+    monkeypatch.setattr(run, "Worker", DiesForGood)
+    monkeypatch.setattr(DiesForGood, "starts", 0)
     path = tmp_path / "report.jsonl"
-    path.write_bytes(content)
-    result = command("verify", path)
-    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
-
-
-def test_a_profile_that_was_changed_after_it_was_frozen_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.undo()
-    folder = tmp_path / "profiles"
-    folder.mkdir()
-    digests = {"inference": corpus.digest(["a/1", "a/2"])}
-    (folder / "1.json").write_text(json.dumps({"cases": {"inference": {"a": ["1"]}}, "digests": digests}))
-    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
-    with pytest.raises(ValueError, match="its digest differs"):
-        corpus.frozen("inference", "1")
+    result = command("run", "--plugin", "hostile:good", "-o", path)
+    assert result.exit_code == 1
+    assert "NO VERDICT: the suite itself failed" in result.output
+    assert DiesForGood.starts == 1 + STARTS
+    kinds = [(r["error"] or {}).get("class") for r in lines(path)[1:-1]]
+    assert kinds.count("StartFailed") > 1
+    assert run.faults(path) == []
+    monkeypatch.setattr(run, "Worker", InProcess)
+    run.run(GOOD, path, resume=True)
+    assert lines(path)[-1]["verdict"] == "CONFORMANT"
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -353,8 +223,13 @@ def test_a_mistaken_argument_ends_with_2_and_what_was_expected(
 class Absent(InProcess):
     """A worker that is not needed."""
 
-    def __init__(self, *arguments: object) -> None:
-        """Load nothing."""
+    def start(self) -> None:
+        if not self.specified or "good" not in self.specified:
+            super().start()
+        self.greeting = {
+            "name": "good", "version": "1", "distribution": "plugin", "device_types": ["cpu"], "device": "none",
+            "facilities": [], "claims": {},
+        }  # fmt: skip
 
 
 def test_one_case_is_reproduced_by_its_id(here: None, tmp_path: Path) -> None:

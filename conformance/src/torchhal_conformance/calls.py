@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchhal.errors import FallbackWarning, Unsupported
+import torchhal
+from torchhal.errors import FallbackWarning, InvalidProblem, Unsupported
+from torchhal.problems import Plan
 from torchhal.registry import registry
 from torchhal_conformance.model import CheckFailed, HarnessError, Inputs, Outputs, Sample
 
@@ -20,6 +23,22 @@ def device_of(backend: str) -> torch.device:
     if not kinds or "cpu" in kinds:
         return torch.device("cpu")
     return torch.device(min(kinds), 0)
+
+
+def facilities(backend: str) -> frozenset[str]:
+    """What the backend's device has, out of :data:`~torchhal_conformance.model.FACILITIES`; torch decides it, not the backend."""
+    return frozenset() if device_of(backend).type == "cpu" else accelerator_facilities()
+
+
+def accelerator_facilities() -> frozenset[str]:
+    """What the accelerator of this machine has; nothing where there is no accelerator."""
+    if not torch.accelerator.is_available():
+        return frozenset()
+    try:
+        torch.accelerator.Graph()
+    except (RuntimeError, NotImplementedError):  # torch has streams for every accelerator, graphs for some
+        return frozenset({"streams"})
+    return frozenset({"streams", "graphs"})
 
 
 @contextmanager
@@ -37,8 +56,28 @@ def make(sample: Sample, backend: str, seed: int) -> Inputs:
         return sample.make(torch.Generator().manual_seed(seed), device_of(backend))
 
 
+class Relay(Protocol):
+    """Stands between checks and a backend, and decides whether it is asked."""
+
+    def call(self, sample: Sample, inputs: Inputs, make: Callable[[], Outputs]) -> Outputs:
+        """The results of a call, which ``make`` makes."""
+
+    def plan(self, make: Callable[[], Plan | None]) -> Plan | None:
+        """What is promised for a call, for which ``make`` asks."""
+
+
+relay: Relay | None = None
+"""Stands between the checks and the backend where it is set: :mod:`~torchhal_conformance.tape` records and plays calls back."""
+
+
 def call(sample: Sample, backend: str, inputs: Inputs) -> Outputs:
     """The call, with its fallbacks made errors: what is examined is the backend that was named."""
+    if relay is not None:
+        return relay.call(sample, inputs, lambda: _made(sample, backend, inputs))
+    return _made(sample, backend, inputs)
+
+
+def _made(sample: Sample, backend: str, inputs: Inputs) -> Outputs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", FallbackWarning)
@@ -54,6 +93,24 @@ def _kinds(found: object) -> str:
         if isinstance(found, tuple)
         else type(found).__name__
     )
+
+
+def plan_of(sample: Sample, backend: str, inputs: Inputs) -> Plan | None:
+    """What the backend promises for a call, without making it; None where a call needs no backend, or gets no plan."""
+    if relay is not None:
+        return relay.plan(lambda: _promised(sample, backend, inputs))
+    return _promised(sample, backend, inputs)
+
+
+def _promised(sample: Sample, backend: str, inputs: Inputs) -> Plan | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            route = torchhal.explain(sample.call, backend, inputs)
+        except InvalidProblem:
+            return None
+    answer = registry().get(backend).ask(route.problem)
+    return answer if isinstance(answer, Plan) else None
 
 
 def truth(sample: Sample, inputs: Inputs) -> tuple[Outputs, Outputs]:
@@ -77,5 +134,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Equal in every bit, NaN payloads and signs of zeros included."""
     if one.shape != other.shape or one.dtype is not other.dtype:
         return False
-    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    # A copy, for what contiguous() takes for contiguous may have strides that no view as bytes accepts.
+    copies = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in (one, other))
+    a, b = (t.reshape(-1).view(torch.uint8) for t in copies)
     return torch.equal(a, b)

@@ -22,9 +22,10 @@ from torchhal.errors import TorchhalError
 from torchhal.registry import registry
 from torchhal_conformance import corpus, kills, records, run, signature, waivers
 from torchhal_conformance.checks import all_checks, check_named
+from torchhal_conformance.child import StartFailed
+from torchhal_conformance.cli_calibrate import calibrate_command
 from torchhal_conformance.model import PROFILES, in_profile
 from torchhal_conformance.mutants import all_mutants
-from torchhal_conformance.pool import StartFailed
 from torchhal_conformance.runner import smoke
 
 app = typer.Typer(
@@ -175,7 +176,8 @@ def _run_with_progress(options: run.Options, path: Path, resume: bool) -> record
             bar.update(task, completed=done, total=total, description=result["check"])
             if result["status"] in records.BAD | {"error"}:
                 bar.console.print(
-                    f"{result['status']}: {result['case']}\n    {(result['error'] or {}).get('message', '')}",
+                    f"{result['status']}: {result['case']}\n    {(result['error'] or {}).get('message', '')}\n"
+                    f"    reproduce: {options.command(result['case'])}",
                     markup=False,
                     highlight=False,
                 )
@@ -189,7 +191,8 @@ def _summary(report: records.Report, path: Path) -> None:
     typer.echo("  " + ", ".join(f"{count} {status}" for status, count in report.footer["counts"].items()))
     told = [r for r in report.results if r["kind"] == "explore" and r["status"] == "fail"]
     for result in told:
-        typer.echo(f"  found by chance, not scored: {result['case']}: {result['error']['message']}")
+        message = f"{result['case']} (seed {report.header['seed']}): {result['error']['message']}"
+        typer.echo(f"  found by chance, not scored: {message}")
     typer.echo(f"  report: {path}")
     bad = any(report.footer["counts"].get(status) for status in [*records.BAD, "error"])
     raise typer.Exit(1 if bad or report.footer["verdict"].startswith("NO VERDICT: nothing") else 0)
@@ -203,7 +206,7 @@ def merge_command(
     try:
         merged = records.merge([records.read(path) for path in reports])
         merged.footer = _footer(merged)
-    except (records.ReportError, TorchhalError) as error:
+    except (records.ReportError, waivers.WaiverError, TorchhalError) as error:
         raise _stop(error) from error
     records.write(output, merged)
     _summary(merged, output)
@@ -212,6 +215,10 @@ def merge_command(
 def _footer(report: records.Report) -> dict[str, Any]:
     required = run.required_by_header(report.header)
     whole = {result["case"] for result in report.results} >= run.expected_by_header(report.header)
+    if whole:
+        found = waivers.faults(report.header, report.results, whole)
+        if found:
+            raise waivers.WaiverError(found[0])
     return records.footer(report.header, report.results, required, whole)
 
 
@@ -305,16 +312,28 @@ def mutants_command(
     for kill in kills.hunt(wanted, jobs):
         found.append(kill)
         if not as_json:
-            fate = f"{kill.case} ({kill.seconds:.1f} s)" if kill.case else "LIVES"
+            fate = (
+                f"{kill.case} ({kill.seconds:.1f} s)"
+                if kill.case
+                else "LIVES"
+                if kill.tried
+                else kill.message
+            )
             typer.echo(f"{kill.mutant:20} {kill.check:28} {fate}")
-    alive, bare = [k for k in found if k.case is None], kills.unproven()
+    alive, bare = [k for k in found if k.lives], kills.unproven()
+    tried = [k for k in found if k.tried]
     if as_json:
         typer.echo(json.dumps([vars(kill) for kill in found], indent=2))
     else:
         typer.echo(
-            f"{len(found) - len(alive)} of {len(found)} kills; unproven checks: {', '.join(bare) or 'none'}"
+            f"{len(tried) - len(alive)} of {len(tried)} kills; unproven checks: {', '.join(bare) or 'none'}"
         )
+        if len(tried) < len(found):
+            typer.echo(f"{len(found) - len(tried)} not tried here: they need an accelerator")
     raise typer.Exit(1 if alive or (bare and not names) else 0)
+
+
+app.command("calibrate")(calibrate_command)
 
 
 def main() -> None:

@@ -44,8 +44,16 @@ def case_named(name: str, seed: int = 0) -> Case:
     return found
 
 
-def applies(case: Case, capabilities: Capabilities) -> bool:
-    """Whether a backend is asked: about what it claims, and once about each sample that it must refuse."""
+def applies(case: Case, capabilities: Capabilities, facilities: frozenset[str] = frozenset()) -> bool:
+    """Whether a backend is asked: about what it claims, and once about each sample that it must refuse.
+
+    Args:
+        case: the question.
+        capabilities: what the backend claims.
+        facilities: what its device has, out of :data:`~torchhal_conformance.model.FACILITIES`.
+    """
+    if not case.check.facilities <= facilities:
+        return False
     if case.sample.needs.unclaimed(capabilities):
         return case.check.refuses and "asks_nobody" not in case.sample.tags
     return True
@@ -76,14 +84,25 @@ def frozen(profile: str, edition: str = EDITION) -> frozenset[str]:
     return ids
 
 
-def required(profile: str, capabilities: Capabilities, edition: str = EDITION) -> frozenset[str]:
-    """The ids that a profile of an edition requires of what is claimed.
+def required(
+    profile: str,
+    capabilities: Capabilities,
+    edition: str = EDITION,
+    facilities: frozenset[str] = frozenset(),
+) -> frozenset[str]:
+    """The ids that a profile of an edition requires of what is claimed, on a device with such facilities.
 
     None at all where nothing of the profile's own is claimed: who computes no gradients is not fit for training by
     passing what inference asks for.
     """
     known = frozen(profile, edition)
-    asked = [c for c in cases() if c.id in known and not c.sample.needs.unclaimed(capabilities)]
+    asked = [
+        case
+        for case in cases()
+        if case.id in known
+        and case.check.facilities <= facilities
+        and not case.sample.needs.unclaimed(capabilities)
+    ]
     own = any(case.profile == profile for case in asked)
     return frozenset(case.id for case in asked) if own else frozenset()
 

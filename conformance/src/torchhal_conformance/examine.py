@@ -77,6 +77,10 @@ def _is_ours(file: str) -> bool:
 
 
 def _outcome(case: Case, backend: str) -> Result:
+    lacking = case.check.facilities - calls.facilities(backend)
+    if lacking:  # asked for by name: no run selects it
+        have = calls.device_of(backend)
+        raise HarnessError(f"the case does not apply: {have} has no {' and no '.join(sorted(lacking))}")
     missing = case.sample.needs.unclaimed(registry().get(backend).info.capabilities)
     if not missing:
         measured: Measured = case.check.run(backend, case.sample, case.data_seed)

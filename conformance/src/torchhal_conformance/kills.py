@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from torchhal_conformance import corpus
+from torchhal_conformance import calls, corpus
 from torchhal_conformance.checks import all_checks
 from torchhal_conformance.mutants import NAME, Mutant, all_mutants
 from torchhal_conformance.pool import Worker
 
-DEADLY: Final = frozenset(("fail", "timeout"))
+DEADLY: Final = frozenset(("fail", "timeout", "untestable"))
+"""Statuses that make a profile fail."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class Kill:
     """The first case that did; None: the mutant lives."""
     message: str
     seconds: float
+    tried: bool = True
+    """False: nothing here has what the fault needs to be seen, so it counts neither as killed nor as living."""
+
+    @property
+    def lives(self) -> bool:
+        """Whether the check was asked and found nothing."""
+        return self.tried and self.case is None
 
 
 def hunt(mutants: tuple[Mutant, ...], jobs: int, timeout: float = 60.0) -> Iterator[Kill]:
@@ -38,6 +46,10 @@ def hunt(mutants: tuple[Mutant, ...], jobs: int, timeout: float = 60.0) -> Itera
 
 
 def _hunt_one(mutant: Mutant, timeout: float) -> list[Kill]:
+    lacking = mutant.needs - calls.accelerator_facilities()
+    if lacking:
+        message = f"not tried here: no accelerator with {' and '.join(sorted(lacking))}"
+        return [Kill(mutant.name, mutant.fault, check, None, message, 0.0, False) for check in mutant.killers]
     worker = Worker(NAME, f"torchhal_conformance.mutants:plugins.{mutant.name}", 0, timeout, 1)
     try:
         return [_first_kill(worker, mutant, check) for check in mutant.killers]

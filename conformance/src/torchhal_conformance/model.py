@@ -19,6 +19,11 @@ from torchhal.problems import Capabilities
 PROFILES: Final = ("inference", "training", "distributed")
 """``training`` asks for everything that ``inference`` asks for; ``distributed`` stands beside them."""
 
+FACILITIES: Final = ("streams", "graphs")
+"""What torch offers on some devices and not on others, and no backend decides: streams of work beside the default one, and
+graphs that are captured once and replayed. A case that needs one does not exist where the device has none, for ``run``,
+``verify`` and what a profile requires alike; the header of a report says what its device has."""
+
 Inputs = dict[str, Any]
 """Tensors, lists and numbers of one call, by the names that the sample gives them."""
 Outputs = tuple[Tensor, ...]
@@ -114,6 +119,8 @@ class Check:
     profile: str = "inference"
     refuses: bool = False
     """Whether its cases also serve to see an unclaimed sample refused: one check of each family."""
+    facilities: frozenset[str] = frozenset()
+    """What the device must have for the question to mean anything, out of :data:`FACILITIES`."""
 
 
 @dataclass(frozen=True)

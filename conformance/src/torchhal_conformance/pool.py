@@ -3,200 +3,205 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import signal
-import subprocess
-import sys
+import math
+import queue
 import threading
-from collections import deque
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, Final
 
-from torchhal_conformance.worker import ADDRESS, READY
+from torchhal_conformance import tape
+from torchhal_conformance.child import LONGEST, Child, Gone, Late, StartFailed, parsed
 
-START_SECONDS: Final = 120.0
-TAIL: Final = 2000
-"""Characters kept of what a worker prints."""
-LONGEST: Final = 1 << 20
-"""Bytes of an answer."""
 STATUSES: Final = ("pass", "fail", "unsupported-verified", "untestable", "error")
-FIELDS: Final = frozenset(("case", "status", "ratio", "error", "expected", "got", "note", "seconds"))
-"""Of a result as a worker gives it."""
+FIELDS: Final = frozenset(("case", "status", "ratio", "error", "expected", "got", "note", "seconds", "left"))
+"""Of a result as a worker gives it; ``left`` is what the case changed for all that come after it."""
+TEXT: Final = 2000
+"""Characters of each text of a result: what a backend says of itself must not fill a report."""
+STARTS: Final = 3
+"""Tries to bring up a process before a run gives it up."""
+JUDGE_SECONDS: Final = 300.0
+"""For the judge, whose time is nobody's fault."""
+
+Result = dict[str, Any]
 
 
-class StartFailed(Exception):
-    """A worker did not come up; says what it printed."""
-
-
-class Worker:
-    """One process, started when first needed and again after each death."""
+class Worker(Child):
+    """The process in which a backend computes."""
 
     def __init__(self, backend: str, plugin: str, seed: int, timeout: float, threads: int) -> None:
-        self.arguments = [backend, plugin, str(seed)]
+        super().__init__("torchhal_conformance.worker", [backend, plugin, str(seed)], threads)
         self.timeout = timeout
-        self.threads = threads
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Any = None
-        self._reader = threading.Thread()
-        self._printed: deque[int] = deque(maxlen=TAIL)
-        self._closed = False
 
-    def run(self, case: str) -> dict[str, Any]:
-        """The result of one case, whatever becomes of the process."""
-        self.start()
-        connection = self._connection
-        try:
-            connection.send_bytes(case.encode())
-            if not connection.poll(self.timeout):
-                self.stop()
-                return _ended(case, "timeout", "Timeout", f"no result within {self.timeout:g} s")
-            return self._checked(case, connection.recv_bytes(LONGEST))
-        except (EOFError, OSError):
-            return _ended(case, "fail", "Crash", self._obituary())
-
-    def _checked(self, case: str, answer: bytes) -> dict[str, Any]:
-        """The answer if it is a result of the case; JSON and not a pickle, since a backend could have sent it."""
-        try:
-            result = json.loads(answer)
-        except ValueError:
-            result = None
-        if not _is_result(result, case):
-            self.stop()  # what comes next would be off by one
-            return _ended(case, "fail", "Garbled", f"an answer that is no result: {answer[:200]!r}")
-        return result  # type: ignore[no-any-return]
-
-    def start(self) -> None:
-        """Start the process unless it is there.
+    def run(self, case: str) -> Result:
+        """The result of one case as the worker gives it, whatever becomes of the process.
 
         Raises:
-            StartFailed: it does not come up, or :meth:`close` was called.
+            StartFailed: there is no process to ask.
         """
-        if self._closed:
-            raise StartFailed("the run was ended")
-        if self._process is not None:
-            return
-        key = secrets.token_bytes(16)
-        with Listener(("127.0.0.1", 0), authkey=key) as listener:
-            host, port = listener.address
-            environment = {
-                **os.environ,
-                ADDRESS: f"{host} {port} {key.hex()}",
-                "OMP_NUM_THREADS": str(self.threads),
-            }
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "torchhal_conformance.worker", *self.arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-            self._printed = deque(maxlen=TAIL)
-            self._reader = threading.Thread(target=_drain, args=(self._process, self._printed), daemon=True)
-            self._reader.start()
-            self._connection = self._accept(listener, key)
+        return self.recorded(case)[0]
 
-    def _accept(self, listener: Listener, key: bytes) -> Connection:
-        """The worker's connection; accept() knows no timeout, so a thread waits in it and is called up in the end."""
-        process, found = self._process, []
-
-        def wait() -> None:
-            try:
-                found.append(listener.accept())
-            except (OSError, EOFError, AuthenticationError):
-                return
-
-        waiting = threading.Thread(target=wait, daemon=True)
-        waiting.start()
-        for _ in range(int(START_SECONDS * 10)):
-            waiting.join(0.1)
-            if not waiting.is_alive() or process is None or process.poll() is not None:
-                break
-        connection = found[0] if found else None
-        if waiting.is_alive():
-            Client(listener.address, authkey=key).close()
+    def recorded(self, case: str) -> tuple[Result, bytes]:
+        """The result of one case, and the tape of its calls for a :class:`Judge`."""
         try:
-            if connection is None:
-                raise EOFError
-            if not connection.poll(START_SECONDS):
-                self.stop()
-                raise StartFailed(f"a worker was not ready within {START_SECONDS:g} s")
-            if connection.recv_bytes(LONGEST) != READY:
-                raise EOFError
-        except (EOFError, OSError):
-            text = self._obituary()
-            raise StartFailed(f"a worker did not start: {text}") from None
-        return connection
-
-    def _obituary(self) -> str:
-        """How the process ended and what it said last; it is gone afterwards."""
-        process = self._process
-        if process is None:
-            return "the run was ended"
-        try:
-            code = process.wait(5)
-        except subprocess.TimeoutExpired:
+            answer, recorded = self.ask(case.encode(), seconds=self.timeout, answers=(LONGEST, tape.LONGEST))
+        except Late as late:
+            return ended(case, "timeout", "Timeout", str(late)), b""
+        except Gone as gone:
+            return ended(case, "fail", "Crash", str(gone)), b""
+        result = parsed(answer)  # JSON and not a pickle, since a backend could have sent it
+        if not is_result(result, case):
+            self.stop()  # what comes next would be off by one
+            return ended(case, "fail", "Garbled", f"an answer that is no result: {answer[:200]!r}"), b""
+        left = result.pop("left")
+        if left is not None:
             self.stop()
-            return "the process closed its connection and went on"
-        self._reader.join(2)
-        said = bytes(self._printed).decode(errors="replace").split()
-        self.stop()
-        how = f"exit code {code}" if code >= 0 else f"signal {_signal_name(-code)}"
-        return f"the process ended with {how}" + (f"; it said last: {' '.join(said)[-300:]}" if said else "")
+            result["note"] = (
+                f"{result['note'] or ''} (its process was replaced, since it changed {left})".strip()
+            )
+        return clipped(result), recorded
 
-    def close(self) -> None:
-        """End the process for good: another thread that waits for it starts no new one."""
-        self._closed = True
-        self.stop()
 
-    def stop(self) -> None:
-        """End the process and all that it started."""
-        process, self._process = self._process, None
-        connection, self._connection = self._connection, None
-        if process is None:
-            return
+class Judge(Child):
+    """The process that judges results, in which the backend never was."""
+
+    def __init__(self, description: Result, seed: int, threads: int) -> None:
+        told = {key: description[key] for key in ("name", "device_types", "claims")}
+        super().__init__("torchhal_conformance.judge", [json.dumps(told), str(seed)], threads)
+
+    def judged(self, result: Result, recorded: bytes) -> Result:
+        """A result that passed, as it is where the backend is not."""
+        case = result["case"]
         try:
-            if sys.platform != "win32":
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        except (ProcessLookupError, PermissionError):  # nobody is left, or on macOS the dead alone
-            pass
-        process.wait()
-        if connection is not None:
-            connection.close()
+            (answer,) = self.ask(case.encode(), recorded, seconds=JUDGE_SECONDS)
+        except Late as late:
+            return ended(case, "error", "JudgeTimeout", str(late))
+        except (Gone, StartFailed) as failure:
+            return ended(case, "error", "JudgeFailed", str(failure))
+        verdict = parsed(answer)
+        if verdict["judged"] == "within":
+            return {**result, "judged": "within"}
+        kept = {"seconds": result["seconds"], "note": result["note"]}
+        return clipped({**verdict, **kept})
 
 
-def _drain(process: subprocess.Popen[bytes], kept: deque[int]) -> None:
-    """Read whatever is printed, keep the end: a million lines must neither block the worker nor fill anything."""
-    assert process.stdout is not None
-    with process.stdout as stream:
-        while chunk := stream.read1(65536):  # type: ignore[attr-defined]
-            kept.extend(chunk[-TAIL:])
+class Examiners:
+    """Workers and judges of a run: a case goes to whichever worker has nothing to do, and what passed to a judge."""
+
+    def __init__(
+        self,
+        workers: list[Worker],
+        seed: int,
+        threads: int,
+        judges: int = 1,
+        judge: type[Judge] | None = None,
+    ) -> None:
+        self.all = workers
+        self.first = workers[0]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
+        self._judges: list[Judge] = []
+        self._bench: queue.SimpleQueue[Judge] = queue.SimpleQueue()
+        self._kind = judge or Judge
+        self._seed, self._threads, self._count = seed, threads, judges
+        self._failures = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> Result:
+        """Start the first worker, and say who the backend is.
+
+        Raises:
+            StartFailed: it does not come up.
+        """
+        self.first.start()
+        told = self.first.greeting
+        self._judges = [self._kind(told, self._seed, self._threads) for _ in range(self._count)]
+        for judge in self._judges:
+            self._bench.put(judge)
+        return told  # type: ignore[no-any-return]
+
+    def run(self, case: str, is_recorded: bool) -> Result:
+        """The result of a case, once a process could be started for it or none could."""
+        result, recorded = self._examined(case)
+        if result["status"] != "pass" or not is_recorded:
+            return {**result, "judged": "within" if result["status"] == "pass" else None}
+        judge = self._bench.get()
+        try:
+            return judge.judged(result, recorded)
+        finally:
+            self._bench.put(judge)
+
+    def _examined(self, case: str) -> tuple[Result, bytes]:
+        worker = self._idle.get()
+        said = ""
+        try:
+            while self._failures < STARTS:
+                try:
+                    found = worker.recorded(case)
+                except StartFailed as failure:
+                    said = str(failure)
+                    with self._lock:
+                        self._failures += 1
+                    continue
+                with self._lock:
+                    self._failures = 0
+                return found
+        finally:
+            self._idle.put(worker)
+        message = f"no worker came up in {STARTS} tries" + (f": {said}" if said else ", for a case before")
+        return ended(case, "error", "StartFailed", message), b""
+
+    def __enter__(self) -> Examiners:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in [*self.all, *self._judges]:
+            process.close()
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have none
-        return str(number)
+# ---------------------------------------------------------------------------- results
 
 
-def _is_result(found: Any, case: str) -> bool:
+def is_result(found: Any, case: str) -> bool:
     """Whether an answer has the fields of a result of the case, each of its kind."""
     if not isinstance(found, dict) or set(found) != FIELDS or found["case"] != case:
         return False
     error = found["error"]
-    numbers = [found[name] for name in ("ratio", "seconds") if found[name] is not None]
     return (
-        found["status"] in STATUSES
+        isinstance(found["status"], str)
+        and found["status"] in STATUSES
         and (error is None or (isinstance(error, dict) and set(error) == {"class", "message"}))
         and all(isinstance(text, str) for text in (error or {}).values())
-        and all(found[name] is None or isinstance(found[name], str) for name in ("expected", "got", "note"))
-        and all(type(number) in (int, float) and not number < 0 for number in numbers)
+        and all(
+            found[name] is None or isinstance(found[name], str)
+            for name in ("expected", "got", "note", "left")
+        )
+        and _is_number(found["ratio"])
+        and _is_number(found["seconds"])
+        and (found["seconds"] is None or math.isfinite(found["seconds"]))
     )
 
 
-def _ended(case: str, status: str, kind: str, message: str) -> dict[str, Any]:
+def _is_number(value: Any) -> bool:
+    """Whether a value is none, or a number that is not negative and fits a float; a ratio may be infinite or no number."""
+    if value is None:
+        return True
+    if type(value) not in (int, float):
+        return False
+    try:
+        return not float(value) < 0
+    except OverflowError:  # JSON knows whole numbers without end
+        return False
+
+
+def clipped(result: Result) -> Result:
+    """The result with texts of a length that a report can hold for thousands of cases."""
+    error = result["error"]
+    short = {name: (result[name] or "")[:TEXT] or None for name in ("expected", "got", "note")}
+    return {**result, **short, "error": error and {key: text[:TEXT] for key, text in error.items()}}
+
+
+def ended(case: str, status: str, kind: str, message: str) -> Result:
+    """The result of a case that gave none."""
     return {
         "case": case, "status": status, "ratio": None, "error": {"class": kind, "message": message},
         "expected": "a result", "got": message, "note": None, "seconds": None,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from torchhal_conformance.pool import Worker
+    from torchhal_conformance.pool import Examiners
     from torchhal_conformance.run import Options
 
 MARKER: Final = "torchhal_conformance"
@@ -53,7 +53,7 @@ def conformance_cases(
 
 @dataclass(frozen=True)
 class ConformanceCase:
-    """One case, examined in a worker process that the tests of a module share."""
+    """One case, examined in processes that the tests of a module share."""
 
     id: str
     shared: Shared
@@ -80,22 +80,15 @@ class ConformanceCase:
     @property
     def command(self) -> str:
         """What reproduces the case, in one line."""
-        import shlex
-
-        options = self.shared.options
-        words = ["torchhal-conformance", "run"]
-        words += ["--plugin", options.plugin] if options.plugin else ["--backend", options.backend]
-        words += ["--profile", options.profile] if options.profile != "inference" else []
-        words += ["--seed", str(options.seed)] if options.seed else []
-        return shlex.join([*words, "--case", self.id])
+        return self.shared.options.command(self.id)
 
 
 class Shared:
-    """The worker of the cases of one test function, started by the first and ended when its module is done."""
+    """Worker and judge of the cases of one test function, started by the first and ended when its module is done."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._worker: Worker | None = None
+        self._examiners: Examiners | None = None
 
     def cases(self) -> list[ConformanceCase]:
         """The cases, in the order of a run.
@@ -103,32 +96,39 @@ class Shared:
         Raises:
             TorchhalError, ValueError: there is no such backend, profile or family.
         """
-        from torchhal_conformance import run
+        from torchhal.registry import registry
+        from torchhal_conformance import calls, examine, run
         from torchhal_conformance.model import PROFILES
 
         if self.options.profile not in PROFILES:
             raise ValueError(f"a profile is one of {', '.join(PROFILES)}, and not {self.options.profile!r}")
-        backend = run.loaded(self.options)
-        chosen = run.selected(self.options, backend.info.capabilities)
+        name = examine.load_plugin(self.options.plugin) if self.options.plugin else self.options.backend
+        claimed = registry().get(name).info.capabilities
+        chosen = run.selected(self.options, claimed, calls.facilities(name))
         return [ConformanceCase(case.id, self) for _, case in chosen]
 
     def examine(self, case: str) -> dict[str, Any]:
         """The result of one case."""
         __tracebackhide__ = True
-        from torchhal_conformance.pool import StartFailed, Worker
+        from torchhal_conformance import judge
+        from torchhal_conformance.child import StartFailed
+        from torchhal_conformance.pool import Examiners, Worker
 
         options = self.options
-        if self._worker is None:
-            self._worker = Worker(options.backend, options.plugin, options.seed, options.timeout, threads=1)
         try:
-            return self._worker.run(case)
+            if self._examiners is None:
+                worker = Worker(options.backend, options.plugin, options.seed, options.timeout, threads=1)
+                self._examiners = Examiners([worker], options.seed, threads=1)
+                self._examiners.start()
+            return self._examiners.run(case, judge.is_recorded(case.partition("/")[0]))
         except StartFailed as error:
             raise SuiteError(str(error)) from None
 
     def stop(self) -> None:
-        """End the worker; the next case would start another."""
-        if self._worker is not None:
-            self._worker.stop()
+        """End the processes; the next case would start others."""
+        examiners, self._examiners = self._examiners, None
+        if examiners is not None:
+            examiners.__exit__()
 
 
 # ---------------------------------------------------------------------------- what pytest calls

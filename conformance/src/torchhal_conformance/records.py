@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+FORMAT: Final = 1
+"""Of the records, as the published schema has them; a change that a reader must know of raises it."""
 STATUSES: Final = (
     "pass", "fail", "unsupported-verified", "untestable", "waived", "stale-waiver", "error", "timeout", "not-run",
 )  # fmt: skip

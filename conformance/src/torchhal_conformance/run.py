@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-import queue
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +17,10 @@ import torch
 
 from torchhal.hookspecs import FAMILIES
 from torchhal.problems import SPEC_VERSION, Capabilities
-from torchhal.registry import Backend, registry
-from torchhal_conformance import calls, corpus, examine, explore, records, waivers
+from torchhal_conformance import claims, corpus, explore, judge, records, waivers
+from torchhal_conformance.child import StartFailed
 from torchhal_conformance.model import Case, in_profile
-from torchhal_conformance.pool import Worker
+from torchhal_conformance.pool import Examiners, Judge, Worker
 
 TIMEOUT: Final = 120.0
 """Seconds for one case."""
@@ -48,6 +48,14 @@ class Options:
         """Whether every case of the profile is asked for."""
         return self.family is None and self.case is None and self.shard == (1, 1)
 
+    def command(self, case: str) -> str:
+        """What examines one case again, in one line."""
+        words = ["torchhal-conformance", "run"]
+        words += ["--plugin", self.plugin] if self.plugin else ["--backend", self.backend]
+        words += ["--profile", self.profile] if self.profile != "inference" else []
+        words += ["--seed", str(self.seed)] if self.seed else []
+        return shlex.join([*words, "--case", case])
+
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called after each case with how many are done, of how many, and its result."""
@@ -58,45 +66,50 @@ def run(
 ) -> records.Report:
     """Run and write the report.
 
+    The backend is loaded in the workers alone: what is decided and written is decided here, and in a judge where it
+    never was.
+
     Raises:
-        BackendNotFound, BackendLoadError: there is no such backend.
+        StartFailed: no worker comes up, since there is no such backend or it does not load.
         ReportError: ``resume`` with a report of something else.
+        WaiverError: a waiver is about no case of a whole run.
     """
-    with Workers(options) as workers:
-        workers.first.start()  # what ends a process when it is imported does it there
-        backend = loaded(options)
-        header = make_header(options, backend)
-        wanted = selected(options, backend.info.capabilities)
+    with _examiners(options) as examiners:
+        header = make_header(options, examiners.start())
+        capabilities, facilities = claims.read(header["claims"]), facilities_by_header(header)
+        wanted = selected(options, capabilities, facilities)
+        if options.whole:
+            waivers.require_cases(options.waivers, [case.id for _, case in wanted])
         report = _begin(path, header, resume)
         done = {result["case"] for result in report.results}
         pending = [placed for placed in wanted if placed[1].id not in done]
         with path.open("a", encoding="utf-8") as file:
-            for result in _results(options, pending, workers):
+            for result in _results(options, pending, examiners):
                 report.results.append(result)
                 file.write(records.line(result))
                 file.flush()
                 if progress is not None:
                     progress(len(report.results), len(wanted), result)
     with path.open("a", encoding="utf-8") as file:
-        report.footer = records.footer(
-            header, report.results, corpus.required(options.profile, backend.info.capabilities), options.whole
-        )
+        required = corpus.required(options.profile, capabilities, corpus.EDITION, facilities)
+        report.footer = records.footer(header, report.results, required, options.whole)
         file.write(records.line(report.footer))
     return report
-
-
-def loaded(options: Options) -> Backend:
-    """The backend that is examined, from its entry point or from ``plugin``."""
-    name = examine.load_plugin(options.plugin) if options.plugin else options.backend
-    return registry().get(name)
 
 
 Placed = tuple[int, Case]
 """A case and its place in the whole of which a shard is a part."""
 
 
-def selected(options: Options, capabilities: Capabilities) -> list[Placed]:
+def selected(
+    options: Options, capabilities: Capabilities, facilities: frozenset[str] = frozenset()
+) -> list[Placed]:
     """The cases of a run, in order.
+
+    Args:
+        options: what the run is asked for.
+        capabilities: what the backend claims.
+        facilities: what its device has, out of :data:`~torchhal_conformance.model.FACILITIES`.
 
     Raises:
         KeyError: there is no such case.
@@ -111,7 +124,7 @@ def selected(options: Options, capabilities: Capabilities) -> list[Placed]:
         case
         for case in corpus.cases(options.seed)
         if in_profile(case, options.profile)
-        and corpus.applies(case, capabilities)
+        and corpus.applies(case, capabilities, facilities)
         and options.family in (None, case.sample.needs.family)
     ]
     found += [
@@ -138,57 +151,39 @@ def _spread(cases: Sequence[Placed]) -> list[Placed]:
 # ---------------------------------------------------------------------------- results
 
 
-class Workers:
-    """The workers of a run, one for each job, ended with it."""
-
-    def __init__(self, options: Options) -> None:
-        threads = threads_of(options)
-        self.all = [
-            Worker(options.backend, options.plugin, options.seed, options.timeout, threads)
-            for _ in range(options.jobs)
-        ]
-        self.first = self.all[0]
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self.all:
-            self._idle.put(worker)
-
-    def run(self, case: str) -> dict[str, Any]:
-        """The result of a case, by whichever worker has nothing to do."""
-        worker = self._idle.get()
-        try:
-            return worker.run(case)
-        finally:
-            self._idle.put(worker)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self.all:
-            worker.close()
+def _examiners(options: Options) -> Examiners:
+    """Workers, and half as many judges, which have less to do."""
+    threads = threads_of(options)
+    workers = [
+        Worker(options.backend, options.plugin, options.seed, options.timeout, threads)
+        for _ in range(options.jobs)
+    ]
+    return Examiners(workers, options.seed, threads, max(1, options.jobs // 2), Judge)
 
 
-def _results(options: Options, pending: list[Placed], workers: Workers) -> Iterator[dict[str, Any]]:
+def _results(options: Options, pending: list[Placed], examiners: Examiners) -> Iterator[dict[str, Any]]:
     """Results in the order of the cases, whichever worker had them."""
     end = None if options.time_budget is None else time.monotonic() + options.time_budget
     late = {"status": "not-run", "error": {"class": "Budget", "message": "out of time"}}
 
     def one(placed: Placed) -> dict[str, Any]:
         order, case = placed
-        outcome = late if end is not None and time.monotonic() > end else workers.run(case.id)
+        is_late = end is not None and time.monotonic() > end
+        outcome = late if is_late else examiners.run(case.id, judge.is_recorded(case.check.name))
         return _record(order, case, outcome, options)
 
-    with ThreadPoolExecutor(options.jobs) as executor:
+    # One thread more for each judge: while it judges a case, its worker has the next.
+    with ThreadPoolExecutor(options.jobs + max(1, options.jobs // 2)) as executor:
         try:
             yield from executor.map(one, pending)
         except BaseException:
-            workers.__exit__()  # what the other threads wait for ends now
+            examiners.__exit__()  # what the other threads wait for ends now
             raise
 
 
 def _record(order: int, case: Case, outcome: dict[str, Any], options: Options) -> dict[str, Any]:
     needs = case.sample.needs
-    empty = dict.fromkeys(("ratio", "error", "expected", "got", "note", "waiver", "seconds"))
+    empty = dict.fromkeys(("ratio", "error", "expected", "got", "note", "waiver", "seconds", "judged"))
     described = {
         "record": "result", "order": order, "case": case.id,
         "check": case.check.name, "family": needs.family, "features": sorted(needs.features),
@@ -204,66 +199,44 @@ def _record(order: int, case: Case, outcome: dict[str, Any], options: Options) -
 # ---------------------------------------------------------------------------- header
 
 
-def make_header(options: Options, backend: Backend) -> dict[str, Any]:
-    """What was tested, with what, where."""
+def make_header(options: Options, told: dict[str, Any]) -> dict[str, Any]:
+    """What is tested, with what, where; ``told`` is what a worker says of its backend.
+
+    Raises:
+        StartFailed: that is no description of a backend.
+    """
     from importlib import metadata
 
+    try:
+        claimed = claims.written(claims.read(told["claims"]))
+        names = {key: _text(told[key]) for key in ("name", "version", "distribution")}
+        facilities = " ".join(sorted(map(_text, told["facilities"])))
+        device = _text(told["device"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StartFailed(f"a worker's description of its backend is none: {error!r}") from error
     return {
-        "record": "header", "suite": metadata.version("torchhal-conformance"), "spec": SPEC_VERSION,
-        "edition": corpus.EDITION, "profile": options.profile, "seed": options.seed,
+        "record": "header", "format": records.FORMAT, "suite": metadata.version("torchhal-conformance"),
+        "spec": SPEC_VERSION, "edition": corpus.EDITION, "profile": options.profile, "seed": options.seed,
         "shard": f"{options.shard[0]}/{options.shard[1]}", "whole": options.family is None and options.case is None,
-        "backend": {"name": backend.name, "version": backend.version, "distribution": backend.distribution},
-        "claims": claims(backend.info.capabilities), "environment": environment(backend, threads_of(options)),
+        "backend": names, "claims": claimed, "environment": {
+            "device": device, "facilities": facilities, "torch": torch.__version__, "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}", "threads": str(threads_of(options)),
+        },
         "corpus": corpus.digest(case.id for case in corpus.cases()),
+        "waivers": [waiver.record() for waiver in options.waivers],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text and got {value!r}")
+    return value
 
 
 def threads_of(options: Options) -> int:
     """Threads of each worker: those of torch, shared out among the workers."""
     return max(1, torch.get_num_threads() // options.jobs)
-
-
-def claims(capabilities: Capabilities) -> dict[str, Any]:
-    """The claims as values that JSON holds."""
-
-    def value(found: Any) -> Any:
-        return (
-            sorted(str(item).removeprefix("torch.") for item in found)
-            if isinstance(found, frozenset)
-            else found
-        )
-
-    families = {f.name: getattr(capabilities, f.name) for f in fields(capabilities)}
-    return {
-        name: {key: value(found) for key, found in vars(claimed).items()}
-        for name, claimed in families.items()
-        if claimed is not None
-    }
-
-
-def environment(backend: Backend, threads: int) -> dict[str, str]:
-    """Versions and hardware."""
-    device = calls.device_of(backend.name)
-    name = (
-        _processor()
-        if device.type == "cpu"
-        else f"{device.type} {getattr(torch, device.type).get_device_name(0)}"
-    )
-    return {
-        "device": name, "torch": torch.__version__, "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}", "threads": str(threads),
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (text.split(":")[1].strip() for text in lines if text.startswith("model name")), platform.machine()
-    )
 
 
 def _begin(path: Path, header: dict[str, Any], resume: bool) -> records.Report:
@@ -275,7 +248,7 @@ def _begin(path: Path, header: dict[str, Any], resume: bool) -> records.Report:
                     f"{path} is of another run: {key} differs; leave out --resume to begin anew"
                 )
         report.footer = None
-        report.results = [result for result in report.results if result["status"] != "not-run"]
+        report.results = [result for result in report.results if not _is_open(result)]
         records.write(path, report)
         return report
     report = records.Report(header)
@@ -283,46 +256,36 @@ def _begin(path: Path, header: dict[str, Any], resume: bool) -> records.Report:
     return report
 
 
+def _is_open(result: dict[str, Any]) -> bool:
+    """Whether a case was not examined: the time was up, or there was no process to do it."""
+    kind = (result["error"] or {}).get("class")
+    return result["status"] == "not-run" or (
+        result["status"] == "error" and kind in ("StartFailed", "JudgeFailed", "JudgeTimeout")
+    )
+
+
 # ---------------------------------------------------------------------------- reading reports again
-
-
-def _capabilities(header: dict[str, Any]) -> Capabilities:
-    """The claims of a header, as far as they decide which cases apply."""
-    from torchhal.problems import PROBLEMS
-
-    def value(name: str, found: Any) -> Any:
-        if not isinstance(found, list):
-            return found
-        return frozenset(getattr(torch, item) for item in found) if name == "dtypes" else frozenset(found)
-
-    kinds = {f.name: f.type for f in fields(Capabilities)}
-    assert set(kinds) == set(PROBLEMS)
-    made = {
-        family: _claims_of(family)(**{name: value(name, found) for name, found in claimed.items()})
-        for family, claimed in header["claims"].items()
-    }
-    return Capabilities(**made)
-
-
-def _claims_of(family: str) -> Callable[..., Any]:
-    from torchhal import problems
-
-    return getattr(problems, "".join(part.title() for part in family.split("_")) + "Claims")  # type: ignore[no-any-return]
 
 
 def expected_by_header(header: dict[str, Any]) -> frozenset[str]:
     """The ids that a whole run of what a header describes has results for."""
-    claimed = _capabilities(header)
+    claimed = claims.read(header["claims"])
     return frozenset(
         c.id
         for c in corpus.cases(header["seed"])
-        if in_profile(c, header["profile"]) and corpus.applies(c, claimed)
+        if in_profile(c, header["profile"]) and corpus.applies(c, claimed, facilities_by_header(header))
     )
 
 
 def required_by_header(header: dict[str, Any]) -> frozenset[str]:
     """The ids that the header's profile requires of its claims."""
-    return corpus.required(header["profile"], _capabilities(header), header["edition"])
+    claimed, facilities = claims.read(header["claims"]), facilities_by_header(header)
+    return corpus.required(header["profile"], claimed, header["edition"], facilities)
+
+
+def facilities_by_header(header: dict[str, Any]) -> frozenset[str]:
+    """What the device had on which a report was made."""
+    return frozenset(header["environment"].get("facilities", "").split())
 
 
 def faults(path: Path) -> list[str]:
@@ -347,6 +310,7 @@ def faults(path: Path) -> list[str]:
     if missing and header["whole"] and header["shard"] == "1/1":
         found.append(f"{len(missing)} cases are missing, {missing[0]} first")
     whole = header["whole"] and header["shard"] == "1/1"
+    found += waivers.faults(header, report.results, whole)
     again = records.footer(header, report.results, required_ids, whole)
     found += [
         f"the footer's {key} is {footer.get(key)!r} and should be {again[key]!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +32,13 @@ class Waiver:
     reason: str
     expires: datetime.date
 
-    def covers(self, result: dict[str, Any]) -> bool:
+    def covers(self, case: str) -> bool:
         """Whether the case is one of those it is about."""
-        return fnmatch.fnmatchcase(result["case"], self.case)
+        return fnmatch.fnmatchcase(case, self.case)
+
+    def record(self) -> dict[str, str]:
+        """It as a header holds it, so that a report answers for itself."""
+        return {name: str(getattr(self, name)) for name in FIELDS}
 
 
 def read(path: Path, today: datetime.date) -> tuple[Waiver, ...]:
@@ -85,10 +89,66 @@ def apply(results: Iterable[dict[str, Any]], waivers: Iterable[Waiver]) -> list[
 
 def _applied(result: dict[str, Any], waivers: list[Waiver]) -> dict[str, Any]:
     for waiver in waivers:
-        if not waiver.covers(result):
+        if not waiver.covers(result["case"]):
             continue
         if result["status"] in ("pass", "unsupported-verified"):
             return {**result, "status": "stale-waiver", "waiver": waiver.issue}
         if result["status"] in ("fail", "timeout") and (result["error"] or {}).get("class") == waiver.error:
             return {**result, "status": "waived", "waiver": waiver.issue}
     return result
+
+
+def require_cases(waivers: Iterable[Waiver], cases: Sequence[str]) -> None:
+    """Refuse waivers that are about no case at all: nobody needs them, or a name is misspelt.
+
+    Raises:
+        WaiverError: there is one; says which.
+    """
+    for waiver in waivers:
+        if not any(waiver.covers(case) for case in cases):
+            raise WaiverError(
+                f"the waiver of {waiver.case!r} ({waiver.issue}) is about none of the {len(cases)} cases of this run; "
+                "remove it, or mend its glob (`torchhal-conformance list` shows the cases)"
+            )
+
+
+def faults(header: dict[str, Any], results: Sequence[dict[str, Any]], whole: bool) -> list[str]:
+    """What of a report's results does not follow from the waivers of its header.
+
+    Args:
+        header: as the schema has it.
+        results: of the report.
+        whole: whether they are all of a run; in a part a waiver may be about nothing.
+    """
+    try:
+        started = datetime.datetime.fromisoformat(header["started"]).date()
+        listed = [
+            _waiver(
+                {**entry, "expires": datetime.date.fromisoformat(entry["expires"])},
+                Path("header"),
+                n,
+                started,
+            )
+            for n, entry in enumerate(header["waivers"], 1)
+        ]
+        if whole:
+            require_cases(listed, [result["case"] for result in results])
+    except ValueError as error:
+        return [str(error)]
+    return [fault for result in results if (fault := _fault(result, listed))]
+
+
+def _fault(result: dict[str, Any], waivers: list[Waiver]) -> str | None:
+    """What is wrong with one result: it stays as it is if they are applied to it again, or has what they gave it."""
+    if result["status"] not in ("waived", "stale-waiver"):
+        again = _applied(result, waivers)
+        return (
+            None
+            if again == result
+            else f"{result['case']} is {result['status']} and should be {again['status']}"
+        )
+    before = {"waived": "fail", "stale-waiver": "pass"}[result["status"]]
+    again = _applied({**result, "status": before}, waivers)
+    if (again["status"], again["waiver"]) == (result["status"], result["waiver"]):
+        return None
+    return f"{result['case']} is {result['status']} by {result['waiver']}, and no waiver of the header makes it so"

@@ -13,7 +13,8 @@ from typing import Final
 from torchhal_conformance.model import Check
 
 FILES: Final = (
-    "numbers", "foreach", "exactness", "gradients", "promises", "compiled", "memory", "services", "context_parallel",
+    "numbers", "foreach", "exactness", "gradients", "promises", "compiled", "memory", "cache_store", "deployment", "context_parallel",
+    "device", "batch_invariance", "gradcheck", "errors", "far", "merging", "own_work", "fingerprints",
 )  # fmt: skip
 """Files of checks over samples, in the order in which their cases run; :mod:`.contract` is what ``smoke`` runs."""
 

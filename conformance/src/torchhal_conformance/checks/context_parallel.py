@@ -19,7 +19,7 @@ import torchhal
 from torchhal.errors import Unsupported
 from torchhal.registry import registry
 from torchhal_conformance import calls, oracle, tolerance
-from torchhal_conformance.checks.services import await_all, named, specification, start
+from torchhal_conformance.checks.processes import await_all, named, specification, start
 from torchhal_conformance.model import (
     Check,
     CheckFailed,

@@ -23,6 +23,7 @@ from torchhal_conformance.report import Finding
 Outcome = Iterator[Finding | None]
 
 UNKNOWN_FEATURE: Final = "feature_of_a_later_specification"
+"""What no backend of this specification can have heard of."""
 
 CODE: Final = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -134,7 +135,7 @@ def refusals(backend: Backend) -> Outcome:
             else [f.name for f in dataclasses.fields(claimed) if getattr(claimed, f.name) is False]
         )
         for name in [*names, UNKNOWN_FEATURE]:
-            problem = dataclasses.replace(_basic(backend, kind), features=frozenset({name}))
+            problem = dataclasses.replace(basic_problem(backend, kind), features=frozenset({name}))
             yield _is_decline(check, f"{family} with {name}, which is not claimed", backend.ask(problem))
 
 
@@ -174,7 +175,7 @@ def answers(backend: Backend) -> Outcome:
             )
 
 
-def _basic(backend: Backend, kind: type[Problem]) -> Problem:
+def basic_problem(backend: Backend, kind: type[Problem]) -> Problem:
     """The plainest problem of a family, on a device of the backend, within its claims where it has any."""
     device = _device(backend)
     claimed = getattr(backend.info.capabilities, kind.family)
@@ -199,7 +200,7 @@ def _device(backend: Backend) -> torch.device:
 def _claimed_problems(backend: Backend, kind: type[Problem]) -> Iterator[Problem]:
     if kind.family == "foreach":  # a foreach problem means nothing without a captured function
         return
-    basic = _basic(backend, kind)
+    basic = basic_problem(backend, kind)
     claimed = getattr(backend.info.capabilities, kind.family)
     yield basic
     for name, choices in CHOICES.items():

@@ -29,7 +29,8 @@ def _tagged(*wanted: str, without: tuple[str, ...] = ()) -> Callable[[], Iterato
     return select
 
 
-def _require_same(before: Outputs, after: Outputs, what: str) -> None:
+def require_same(before: Outputs, after: Outputs, what: str) -> None:
+    """Raise CheckFailed, with the first place, unless all results agree in every bit."""
     for number, (one, other) in enumerate(zip(before, after, strict=True)):
         if not calls.same_bits(one, other):
             at = (one != other).nonzero()
@@ -41,7 +42,7 @@ def _require_same(before: Outputs, after: Outputs, what: str) -> None:
 
 def _twice(backend: str, sample: Sample, inputs: Inputs, changed: Inputs, what: str) -> Measured:
     before = calls.call(sample, backend, inputs)
-    _require_same(before, calls.call(sample, backend, changed), what)
+    require_same(before, calls.call(sample, backend, changed), what)
     return Measured()
 
 
@@ -80,7 +81,20 @@ def strides(backend: str, sample: Sample, seed: int) -> Measured:
                 name: _respread(value, how) if name in ("query", "key", "value", "mask") else value
                 for name, value in inputs.items()
             }
-        _require_same(before, calls.call(sample, backend, changed), f"with {how} strides")
+        require_same(before, calls.call(sample, backend, changed), f"with {how} strides")
+    return Measured()
+
+
+def broadcast(backend: str, sample: Sample, seed: int) -> Measured:
+    """One operand after the other, the first along one dimension throughout: expanded, so with stride 0, and as copies."""
+    inputs = calls.make(sample, backend, seed)
+    for name in ("query", "key", "value", "mask"):
+        for dimension in range(inputs[name].dim() if name in inputs else 0):
+            with calls.harness():
+                expanded = inputs[name].narrow(dimension, 0, 1).expand(inputs[name].shape)
+            before = calls.call(sample, backend, {**inputs, name: expanded.contiguous()})
+            after = calls.call(sample, backend, {**inputs, name: expanded})
+            require_same(before, after, f"with {name} expanded along dimension {dimension}")
     return Measured()
 
 
@@ -148,7 +162,7 @@ def batch_order(backend: str, sample: Sample, seed: int) -> Measured:
         }
     before = calls.call(sample, backend, inputs)
     after = calls.call(sample, backend, changed)
-    _require_same(
+    require_same(
         before, tuple(result.flip(0) for result in after), "for the sequences of a batch in another order"
     )
     return Measured()
@@ -182,7 +196,7 @@ def sequence_leak(backend: str, sample: Sample, seed: int) -> Measured:
     before = calls.call(sample, backend, inputs)
     after = calls.call(sample, backend, changed)
     first_rows = ends["q"]
-    _require_same(
+    require_same(
         tuple(t[:first_rows] for t in before),
         tuple(t[:first_rows] for t in after),
         "when other sequences hold NaN",
@@ -225,12 +239,26 @@ CHECKS: Final = (
         "attention.strides",
         Explanation(
             "Gives the same values in swapped, reversed, gapped and misaligned memory; results must agree bit for bit.",
-            "Kernels that take a tensor for contiguous are the commonest fault of new backends; torch 2.13's own CPU "
-            "attention computes wrong numbers for a query expanded along its rows.",
+            "Kernels that take a tensor for contiguous are the commonest fault of new backends.",
             "Compare the strides your kernel uses with those of the tensor; look for a .contiguous() on one path only.",
         ),
         _tagged("small", "dense", without=("score_mod", "mask_mod", "dropout")),
         strides,
+    ),
+    Check(
+        "attention.broadcast",
+        Explanation(
+            "Expands query, key, value and mask along each dimension, one after the other; results must be those of copies, "
+            "bit for bit.",
+            "torch 2.13's own CPU attention computes wrong numbers for a query expanded along its rows.",
+            "Look for a stride that is taken from the sizes, or tested for being 1 where it should be tested for its value.",
+        ),
+        lambda: (
+            s
+            for s in _tagged("small", "dense", without=("score_mod", "mask_mod", "dropout"))()
+            if "b2-h4-l9-s13" in s.name
+        ),
+        broadcast,
     ),
     Check(
         "attention.poison",

@@ -14,10 +14,11 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import torchhal
 from torchhal_conformance import oracle, philox
-from torchhal_conformance.families.mods import MASK_MODS, SCORE_MODS, Mod
+from torchhal_conformance.families.mods import MASK_MODS, PRIMITIVE_MODS, SCORE_MODS, Mod, sinks
 from torchhal_conformance.model import Inputs, Needs, Outputs, Sample
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ALL_SCORE_MODS: Final = SCORE_MODS | PRIMITIVE_MODS
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Call:
     block: int = 0
     """Block size of a BlockMask made of ``mask_mod``; 0: none."""
     lse: bool = False
+    sink: bool = False
+    """Whether a learned logit for each head joins the softmax by :func:`torchhal.merge_attention`."""
     gradient: str = ""
     """``inputs``, ``mask`` or ``captured``: what gradients are asked of."""
     dropout: float = 0.0
@@ -63,7 +66,7 @@ class Call:
         words = [self.layout, str(self.dtype).removeprefix("torch.")]
         if self.key_dtype is not None:
             words.append("key_" + str(self.key_dtype).removeprefix("torch."))
-        words += ["causal"] * self.causal + ["lse"] * self.lse
+        words += ["causal"] * self.causal + ["lse"] * self.lse + ["sink"] * self.sink
         for label, value in (("mask", self.mask), ("mod", self.score_mod), ("see", self.mask_mod)):
             words += [f"{label}_{value.replace(':', '_')}"] if value else []
         words += [f"block{self.block}"] if self.block else []
@@ -75,17 +78,17 @@ class Call:
 
     def needs(self) -> Needs:
         """The claims that cover it."""
-        mods = (SCORE_MODS.get(self.score_mod), MASK_MODS.get(self.mask_mod))
+        mods = _mods(self).values()
         wanted = {
             "causal": self.causal,
             "boolean_mask": self.mask.startswith("boolean"),
             "additive_mask": self.mask.startswith("additive"),
             "gqa": self.heads != self.kv_heads,
             "value_head_size": self.size != self.value_size,
-            "lse": self.lse,
+            "lse": self.lse or self.sink,
             "score_mod": bool(self.score_mod),
             "mask_mod": bool(self.mask_mod),
-            "captured_tensors": any(mod is not None and mod.captured is not None for mod in mods),
+            "captured_tensors": any(mod.captured is not None for mod in mods),
             "dropout": self.dropout > 0,
             "mixed_dtypes": self.key_dtype is not None,
             "backward": bool(self.gradient),
@@ -125,8 +128,27 @@ def _make(call: Call, generator: torch.Generator, device: torch.device) -> Input
             made[f"{name}_tensor"] = _captured(captured, call.dtype).to(device)
     if call.dropout:
         made["random"] = int(torch.randint(2**31, (), generator=generator))
+    if call.sink:
+        made["sink"] = sinks(generator, call.heads).to(device, _lse_dtype(call))
     made |= _layout_tensors(call, generator, device)
+    if any(mod.silent_first for mod in _mods(call).values()):
+        _silence_first(call, made)
     return made
+
+
+def _lse_dtype(call: Call) -> torch.dtype:
+    return torch.float64 if torch.float64 in (call.dtype, call.key_dtype) else torch.float32
+
+
+def _silence_first(call: Call, made: Inputs) -> None:
+    """The value of each sequence's first key made zero."""
+    if call.layout == "varlen":
+        starts, total = made["cu_seqlens_k"][:-1].long(), made["value"].shape[0]
+        made["value"][starts[starts < total]] = 0.0
+    elif call.layout == "paged":
+        made["value"][made["page_table"][:, 0].long(), :, 0] = 0.0
+    else:
+        made["value"][:, :, :1] = 0.0
 
 
 def _captured(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,8 +190,17 @@ def _layout_tensors(call: Call, generator: torch.Generator, device: torch.device
 
 
 def _mods(call: Call) -> dict[str, Mod]:
-    found = {"score_mod": SCORE_MODS.get(call.score_mod), "mask_mod": MASK_MODS.get(call.mask_mod)}
-    return {name: mod for name, mod in found.items() if mod is not None}
+    """The mods of a call by the argument that takes them.
+
+    Raises:
+        KeyError: there is none of such a name.
+    """
+    found = {}
+    if call.score_mod:
+        found["score_mod"] = ALL_SCORE_MODS[call.score_mod]
+    if call.mask_mod:
+        found["mask_mod"] = MASK_MODS[call.mask_mod]
+    return found
 
 
 # ---------------------------------------------------------------------------- the call
@@ -185,7 +216,7 @@ def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
         "is_causal": call.causal,
         "scale": call.scale,
         "enable_gqa": call.heads != call.kv_heads,
-        "return_lse": call.lse,
+        "return_lse": call.lse or call.sink,
         "backend": backend,
         "score_mod": functions.get("score_mod"),
     }
@@ -208,7 +239,15 @@ def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
         "paged": torchhal.paged_attention,
     }[call.layout]
     found: Any = function(*(inputs[name] for name in names), **options)  # type: ignore[operator]
+    if call.sink:
+        found = _with_sink(inputs["sink"], call.layout, *found)[: 1 + call.lse]
     return found if isinstance(found, tuple) else (found,)
+
+
+def _with_sink(sink: Tensor, layout: str, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of a softmax that one more logit takes part in, whose value is zero."""
+    every = (sink if layout == "varlen" else sink[:, None]).expand(lse.shape)
+    return torchhal.merge_attention([out, torch.zeros_like(out)], [lse, every])
 
 
 def _block_mask(call: Call, mask_mod: Any, inputs: Inputs) -> Any:
@@ -243,6 +282,10 @@ def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype, scale_first: bool 
         lse = torch.cat([t[0].transpose(0, 1) for t in lses])
     else:
         out, lse = torch.cat(outs), torch.cat(lses)
+    if call.sink:
+        logit = inputs["sink"].to(dtype)
+        whole = torch.logaddexp(lse, logit if call.layout == "varlen" else logit[:, None])
+        out, lse = out * torch.exp(lse - whole).unsqueeze(-1), whole
     return (out, lse) if call.lse else (out,)
 
 
@@ -308,7 +351,8 @@ def sample(call: Call) -> Sample:
     leaves: tuple[str, ...] = ("query", "key", "value") if call.gradient else ()
     leaves += ("mask",) * (call.gradient == "mask")
     leaves += ("score_mod_tensor",) * (call.gradient == "captured")
-    tags = {call.layout, *call.needs().features}
+    leaves += ("sink",) * (call.sink and bool(call.gradient))
+    tags = {call.layout, *call.needs().features} | ({"sink"} if call.sink else set())
     if max(call.rows, call.keys) <= 40 and call.rows and call.keys and call.batch:
         tags.add("small")
     if call == dataclasses.replace(Call(), dtype=call.dtype, **_chosen(call)):

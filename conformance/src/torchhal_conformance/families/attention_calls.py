@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 
 from torchhal_conformance.families.attention import FLOATS, Call
+from torchhal_conformance.families.mods import PRIMITIVE_MODS
+from torchhal_conformance.families.primitives import FEW, PREFIX
 
 SHAPES: Final[tuple[dict[str, int], ...]] = (
     {"rows": 1, "keys": 1},
@@ -69,6 +71,10 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"dropout": 0.3, "rows": 33, "keys": 70},
     {"dropout": 0.9, "causal": True, "lse": True},
     {"dropout": 1.0},
+    {"score_mod": "sink"},
+    {"score_mod": "sink", "causal": True, "lse": True, "rows": 17, "keys": 33, "heads": 6, "kv_heads": 2},
+    {"sink": True},
+    {"sink": True, "causal": True, "lse": True, "rows": 17, "keys": 33, "heads": 6, "kv_heads": 2},
 )
 LAYOUT_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {},
@@ -80,6 +86,8 @@ LAYOUT_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"score_mod": "alibi"},
     {"mask_mod": "window"},
     {"rows": 1, "keys": 33, "heads": 8, "kv_heads": 1},
+    {"score_mod": "sink", "causal": True},
+    {"sink": True, "causal": True, "lse": True},
 )
 PAGES: Final = (1, 3, 4, 16)
 GRADIENTS: Final[tuple[dict[str, Any], ...]] = (
@@ -99,7 +107,22 @@ GRADIENTS: Final[tuple[dict[str, Any], ...]] = (
     {"gradient": "inputs", "mask_mod": "window", "rows": 30, "keys": 30},
     {"gradient": "inputs", "layout": "varlen", "causal": True, "batch": 4},
     {"gradient": "captured", "layout": "varlen", "score_mod": "alibi", "batch": 4},
+    {"gradient": "captured", "score_mod": "sink", "lse": True},
+    {"gradient": "captured", "layout": "varlen", "score_mod": "sink", "batch": 4, "causal": True},
+    {"gradient": "captured", "layout": "paged", "score_mod": "sink", "rows": 2},
+    {"gradient": "inputs", "sink": True, "lse": True},
+    {"gradient": "inputs", "layout": "varlen", "sink": True, "batch": 4, "causal": True},
+    {"gradient": "inputs", "layout": "paged", "sink": True, "rows": 2},
 )
+
+
+def _of_primitives() -> Iterator[Call]:
+    """A call for each primitive of the pointwise language, and for a few in the other types."""
+    plain = Call(rows=3, keys=7, heads=2, kv_heads=2, size=8, value_size=8)
+    for name in PRIMITIVE_MODS:
+        yield dataclasses.replace(plain, score_mod=name)
+    for name, dtype in itertools.product(FEW, FLOATS[1:]):
+        yield dataclasses.replace(plain, score_mod=PREFIX + name, dtype=dtype)
 
 
 def _with(call: Call, **changes: Any) -> Call:
@@ -132,3 +155,4 @@ def calls() -> Iterator[Call]:
     yield Call(rows=2049, keys=2047, batch=1, heads=1, kv_heads=1, size=8, value_size=8, causal=True)
     yield Call(key_dtype=torch.bfloat16)
     yield Call(dtype=torch.bfloat16, key_dtype=torch.float32, lse=True)
+    yield from _of_primitives()

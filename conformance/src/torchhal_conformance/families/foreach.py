@@ -7,8 +7,7 @@ for which no float64 evaluation is the truth: only the bits of ``plain`` are.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,62 +15,12 @@ import torch
 from torch import Tensor
 
 import torchhal
+from torchhal_conformance.families import primitives
+from torchhal_conformance.families.foreach_functions import FUNCTIONS, Function
 from torchhal_conformance.model import Inputs, Needs, Outputs, Sample
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-# ---------------------------------------------------------------------------- user functions
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function of foreach_map, made over the 0-dim tensor it captures (None where it captures none)."""
-
-    over: Callable[[Any], Callable[..., Any]]
-    outputs: int = 1
-    captures: bool = False
-    arithmetic: bool = True
-    """Whether IEEE arithmetic or selection is all it does, so that every bit is decided."""
-    truths: bool = False
-    """Whether truth values are among its results."""
-
-
-def _adamw(p: Any, g: Any, m: Any, v: Any, rate: Any) -> Any:
-    first = m * 0.9 + g * 0.1
-    second = v * 0.999 + g * g * 0.001
-    return p * (1.0 - rate * 0.01) - rate * first / (torch.sqrt(second) + 1e-8), first, second
-
-
-FUNCTIONS: Final[dict[str, Function]] = {
-    "add": Function(lambda _: torch.add),
-    "mul": Function(lambda _: torch.mul),
-    "div": Function(lambda _: torch.div),
-    "add_": Function(lambda _: torch.Tensor.add_),
-    "mul_": Function(lambda _: torch.Tensor.mul_),
-    "sqrt": Function(lambda _: lambda x: torch.sqrt(torch.abs(x))),
-    "double": Function(lambda _: lambda x: x * 2),
-    "third": Function(lambda _: lambda x: x * 0.3),
-    "fused": Function(lambda _: lambda x, y, z: x * y + z),
-    "chain": Function(lambda _: lambda x, y: ((x - y) * x + y) * 0.7 - x / 3),
-    "decay": Function(lambda _: lambda x, s: x * s + 0.1),
-    "from_left": Function(lambda _: lambda s, x: s * x - x),
-    "two_numbers": Function(lambda _: lambda x, s, t: x * s - t),
-    "clip": Function(lambda _: lambda x: torch.clamp(x, -0.5, 0.5)),
-    "larger": Function(lambda _: lambda x, y: torch.where(x > y, x, -y)),
-    "compare": Function(lambda _: lambda x, y: x > y, truths=True),
-    "bits": Function(lambda _: lambda x, y: (x & y) | (x ^ 5)),
-    "not": Function(lambda _: torch.logical_not, truths=True),
-    "sum_and_product": Function(lambda _: lambda x, y: (x + y, x * y), outputs=2),
-    "value_and_sign": Function(lambda _: lambda x: (x, x > 0), outputs=2, truths=True),
-    "adamw": Function(lambda _: _adamw, outputs=3),
-    "by_held": Function(lambda t: lambda x: x * t + t, captures=True),
-    "held_pair": Function(lambda t: lambda x, y: (x * t, y / (t * t + 1.0)), outputs=2, captures=True),
-    "sigmoid": Function(lambda _: lambda x: torch.sigmoid(x), arithmetic=False),
-    "gelu": Function(lambda _: torch.nn.functional.gelu, arithmetic=False),
-    "exponential": Function(lambda _: lambda x, y: torch.exp(-x * x) * torch.tanh(y), arithmetic=False),
-    "held_tanh": Function(lambda t: lambda x: torch.tanh(x * t), captures=True, arithmetic=False),
-}
 
 SHAPES: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
     "mixed": ((3,), (2, 5), (1,), (4, 1, 3), (130,)),
@@ -99,16 +48,23 @@ class Call:
 
     function: str = "add"
     operands: tuple[str, ...] = ("list", "list")
-    """``list``, ``floats``, ``integers``, ``truths`` (lists of numbers), ``float``, ``integer`` or ``tensor`` (0-dim)."""
+    """``list``, ``floats``, ``integers``, ``truths``, ``mixed`` (lists of numbers), ``float``, ``integer`` or ``tensor`` (0-dim)."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     """Of the first list, from position to position, over and over."""
     others: tuple[torch.dtype, ...] = ()
     """Of the other lists; those of the first if empty."""
     shapes: str = "mixed"
     out: str = ""
-    """``first``: over the first operand; ``new``: into other tensors; ``wide``: into float64 ones."""
+    """``first`` or ``second``: over that operand; ``operands``: each result over the operand of its number.
+
+    ``new``: into other tensors; ``wide``: into float64 ones; ``pieces``: into views of one buffer, one after the other;
+    ``woven``: into views of one buffer whose elements alternate; ``apart``: :func:`apart` from one another.
+    """
+    alias: str = ""
+    """``repeated``: every other position of the lists has the tensors of the one before it; ``same``: all lists are
+    the first; ``buffer``: the tensors of a list are pieces of one buffer."""
     memory: str = ""
-    """``transposed`` or ``gaps``: how the tensors lie in memory."""
+    """``transposed``, ``gaps``, ``expanded`` (stride 0) or ``offset`` (misaligned): how the tensors lie in memory."""
     gradient: str = ""
     """``operands``, or ``captured`` for those and the captured tensor."""
 
@@ -118,7 +74,9 @@ class Call:
         words = [self.function, "_".join(map(_short, self.dtypes))]
         words += ["with_" + "_".join(map(_short, self.others))] if self.others else []
         words += ["_".join(self.operands), self.shapes]
-        words += [f"{label}_{value}" for label in ("out", "memory") if (value := getattr(self, label))]
+        words += [
+            f"{label}_{value}" for label in ("out", "memory", "alias") if (value := getattr(self, label))
+        ]
         return "-".join([*words, *([f"grad_{self.gradient}"] if self.gradient else [])])
 
     @property
@@ -157,11 +115,11 @@ class Call:
         """The claims that cover it; nobody is asked about empty lists."""
         if not self.length:
             return Needs("foreach")
-        together = {tuple(self.list_dtypes(i)[at] for i in self.lists) for at in range(self.length)}
+        together = set(zip(*(self.list_dtypes(i) for i in self.lists), strict=True))
         wanted = {
             "in_place": self.in_place,
             "scalars": self.passes_numbers,
-            "mixed_dtypes": len(together) > 1,
+            "mixed_dtypes": len(together) > 1 or "mixed" in self.operands,
             "several_outputs": self.mapped.outputs > 1,
             "captured_tensors": self.mapped.captures,
             "backward": bool(self.gradient),
@@ -175,7 +133,7 @@ class Call:
         floating = all(d.is_floating_point for i in self.lists for d in self.list_dtypes(i))
         told = {
             "small": self.shapes == "mixed",
-            "bitwise": self.mapped.arithmetic,
+            "bitwise": self.mapped.arithmetic or not floating,  # of integers every bit is decided
             "integer": not floating or self.mapped.truths,
         }
         return self.needs().features | {tag for tag, on in told.items() if on}
@@ -195,8 +153,8 @@ def _make(call: Call, generator: torch.Generator, device: torch.device) -> Input
         if how == "list":
             for position, dtype in enumerate(call.list_dtypes(operand)):
                 shape = _shapes(call, operand)[position]
-                tensor = _random(shape, dtype, call.memory, generator)
-                made[f"x{operand}_{position}"] = tensor.to(device)
+                drawn = _random(call, operand, shape, dtype, generator)
+                made[f"x{operand}_{position}"] = _laid_out(drawn.to(device), call.memory)
         else:
             made[f"x{operand}"] = _number(how, call.length, generator)
     if call.mapped.captures:
@@ -208,18 +166,29 @@ def _shapes(call: Call, operand: int) -> tuple[tuple[int, ...], ...]:
     return PARTNERS.get(call.shapes, SHAPES[call.shapes]) if operand else SHAPES[call.shapes]
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, memory: str, generator: torch.Generator) -> Tensor:
-    def draw(*sizes: int) -> Tensor:
-        if dtype.is_floating_point:
-            return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
-        low, high = (0, 2) if dtype is torch.bool else (1, 12)
-        return torch.randint(low, high, sizes, generator=generator).to(dtype)
+def _random(
+    call: Call, operand: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if call.mapped.primitive:
+        return primitives.draw(call.mapped.primitive, operand, shape, dtype, generator)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    low, high = (0, 2) if dtype is torch.bool else (1, 12)
+    return torch.randint(low, high, shape, generator=generator).to(dtype)
 
+
+def _laid_out(tensor: Tensor, memory: str) -> Tensor:
+    """The same values (for ``expanded``, the first of each row throughout) as memory of that kind holds them."""
     if memory == "transposed":
-        return draw(*reversed(shape)).permute(*reversed(range(len(shape))))
+        order = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(order).contiguous().permute(order)
     if memory == "gaps":
-        return draw(*shape[:-1], 2 * shape[-1])[..., ::2]
-    return draw(*shape)
+        return tensor.repeat_interleave(2, -1)[..., ::2]
+    if memory == "expanded":
+        return tensor[..., :1].expand(tensor.shape)
+    if memory == "offset":
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    return tensor
 
 
 def _number(how: str, length: int, generator: torch.Generator) -> Any:
@@ -231,6 +200,7 @@ def _number(how: str, length: int, generator: torch.Generator) -> Any:
         "floats": drawn.tolist()[:length],
         "integers": [2 + i % 5 for i in range(length)],
         "truths": [i % 2 == 0 for i in range(length)],
+        "mixed": [(2, 0.75, True, -0.5)[i % 4] for i in range(length)],
     }
     return numbers[how]
 
@@ -241,38 +211,95 @@ def _operands(call: Call, inputs: Inputs, wide: bool = False) -> list[Any]:
     def taken(value: Any) -> Any:
         return value.double() if wide and isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return [
+    found = [
         [taken(inputs[f"x{i}_{position}"]) for position in range(call.length)]
         if how == "list"
         else taken(inputs[f"x{i}"])
         for i, how in enumerate(call.operands)
     ]
+    for i in call.lists:
+        found[i] = _aliased(call.alias, found[i], found[call.lists[0]])
+    return found
+
+
+def _aliased(alias: str, items: list[Tensor], first: list[Tensor]) -> list[Tensor]:
+    """The tensors of a list, some of them in each other's memory."""
+    if alias == "repeated":
+        return [items[position - position % 2] for position in range(len(items))]
+    if alias == "same":
+        return first
+    if alias == "buffer":
+        return _pieces(torch.cat([t.flatten() for t in items]), items)
+    return items
+
+
+def _pieces(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    sizes = [t.numel() for t in like]
+    parts = torch.split(buffer[: sum(sizes)], sizes)
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+def _woven(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [buffer[i :: len(like)][: t.numel()].view(t.shape) for i, t in enumerate(like)]
 
 
 # ---------------------------------------------------------------------------- the call
 
 
-def _destinations(call: Call, first: list[Tensor], results: Outputs) -> tuple[list[Tensor], ...]:
-    """Where results go: the first operand, or tensors as large as ``results``, list after list."""
-    if not call.out or call.out == "first":
-        return (first,)
-    made = [torch.full_like(t, 7, dtype=torch.float64 if call.out == "wide" else None) for t in results]
-    return tuple(made[i * call.length : (i + 1) * call.length] for i in range(call.mapped.outputs))
+def _destinations(call: Call, operands: list[Any], results: Outputs) -> tuple[list[Tensor], ...]:
+    """Where results go: operands, or tensors as large as ``results``, list after list."""
+    over = {"": 1, "first": 1, "operands": call.mapped.outputs}
+    if call.out in over:
+        return tuple(operands[: over[call.out]])
+    if call.out == "second":
+        return (operands[1],)
+    lists = [results[i * call.length : (i + 1) * call.length] for i in range(call.mapped.outputs)]
+    return tuple(_fresh(call.out, items) for items in lists)
+
+
+def _fresh(out: str, like: Sequence[Tensor]) -> list[Tensor]:
+    if out in ("pieces", "woven"):
+        largest = max(t.numel() for t in like)
+        return (_pieces if out == "pieces" else _woven)(like[0].new_full((largest * len(like),), 7), like)
+    if out == "apart":
+        filled = [torch.full_like(t, 7) for t in like]
+        return [apart(t, 0) if position == 1 else t for position, t in enumerate(filled)]
+    return [torch.full_like(t, 7, dtype=torch.float64 if out == "wide" else None) for t in like]
 
 
 def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
-    operands = _operands(call, inputs)
     function = call.mapped.over(inputs.get("held"))
     if not call.in_place:
-        return _flat(call, torchhal.foreach_map(function, *operands, backend=backend))
-    operands[0] = [t.clone() for t in operands[0]]  # the sample's data stays as it is
-    destinations = _destinations(call, operands[0], () if call.out in ("", "first") else _loop(call, inputs))
+        return _flat(call, torchhal.foreach_map(function, *_operands(call, inputs), backend=backend))
+    # The sample's data stays as it is.
+    operands = _operands(call, {n: t.clone() if isinstance(t, Tensor) else t for n, t in inputs.items()})
+    fresh = call.out not in ("", "first", "second", "operands")
+    destinations = _destinations(call, operands, _loop(call, inputs) if fresh else ())
     if call.out:
         out = destinations if call.mapped.outputs > 1 else destinations[0]
         torchhal.foreach_map(function, *operands, out=out, backend=backend)
     else:
         torchhal.foreach_map(function, *operands, backend=backend)
     return tuple(t for items in destinations for t in items)
+
+
+FAR: Final = 2**31
+"""Elements that an int32 can not count."""
+_LINE: Final = 64
+"""Elements that strides are multiples of, so that what is aligned stays so."""
+
+
+def apart(tensor: Tensor, dimension: int) -> Tensor:
+    """The same values, of which the first and the last along a dimension lie more than ``FAR`` elements apart.
+
+    Nothing of the memory between is touched. Dimensions keep their order in memory, but that this one is outermost.
+    """
+    steps, inside = tensor.shape[dimension] - 1, tensor.numel() // tensor.shape[dimension]
+    step = -(-FAR // (steps * _LINE)) * _LINE + _LINE
+    memory = tensor.new_empty(step * steps + inside)
+    strides = list(tensor.select(dimension, 0).contiguous().stride())
+    strides.insert(dimension, step)
+    return memory.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _flat(call: Call, found: Any) -> Outputs:
@@ -302,102 +329,9 @@ def _plain(call: Call, inputs: Inputs) -> Outputs:
     found = _loop(call, inputs)
     if not call.out:
         return found
-    destinations = _destinations(call, _operands(call, inputs)[0], found)
+    destinations = _destinations(call, _operands(call, inputs), found)
     flat = [t for items in destinations for t in items]
     return tuple(value.to(place.dtype) for value, place in zip(found, flat, strict=True))
-
-
-# ---------------------------------------------------------------------------- which calls
-
-
-LIST: Final = ("list",)
-ONES: Final = ("sqrt", "double", "third", "clip", "sigmoid", "gelu", "by_held", "held_tanh")
-TWOS: Final = ("add", "mul", "div", "chain", "larger", "sum_and_product", "exponential")
-ADAMW: Final[dict[str, Any]] = {
-    "function": "adamw",
-    "operands": ("list", "list", "list", "list", "float"),
-}
-FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    *({"function": name, "operands": LIST} for name in ONES),
-    *({"function": name} for name in TWOS),
-    *({"function": "chain", "shapes": shapes} for shapes in SHAPES if shapes not in ("thousand", "few")),
-    {"function": "fused", "operands": ("list", "list", "list"), "shapes": "odd"},
-    {"function": "fused", "operands": ("list", "list", "list"), "shapes": "broadcast"},
-    {"function": "sum_and_product", "shapes": "empty"},
-    {"function": "compare"},
-    {"function": "value_and_sign", "operands": LIST},
-    *({"function": "decay", "operands": ("list", how)} for how in ("float", "integer", "tensor", "floats")),
-    *({"function": "decay", "operands": ("list", how)} for how in ("integers", "truths")),
-    {"function": "two_numbers", "operands": ("list", "floats", "integer"), "shapes": "odd"},
-    {"function": "two_numbers", "operands": ("list", "tensor", "float")},
-    {"function": "mul", "operands": ("list", "float")},
-    {"function": "from_left", "operands": ("float", "list")},
-    {"function": "decay", "operands": ("list", "floats"), "shapes": "one"},
-    *({**ADAMW, "shapes": shapes} for shapes in ("mixed", "odd", "empty")),
-    {"function": "chain", "memory": "transposed"},
-    {"function": "chain", "memory": "gaps"},
-    {"function": "chain", "out": "first"},
-    {"function": "chain", "out": "new"},
-    {"function": "chain", "out": "wide"},
-    {"function": "chain", "out": "first", "memory": "transposed"},
-    {"function": "chain", "out": "first", "shapes": "empty"},
-    {"function": "sum_and_product", "out": "new"},
-    {"function": "decay", "operands": ("list", "floats"), "out": "first"},
-    {"function": "add_"},
-    {"function": "mul_", "operands": ("list", "float"), "shapes": "odd"},
-    *({"function": name, "gradient": "operands"} for name in ("chain", "exponential", "sum_and_product")),
-    {"function": "fused", "operands": ("list", "list", "list"), "gradient": "operands"},
-    {"function": "fused", "operands": ("list",) * 3, "gradient": "operands", "shapes": "broadcast"},
-    {"function": "decay", "operands": ("list", "floats"), "gradient": "operands", "shapes": "odd"},
-    {"function": "chain", "gradient": "operands", "shapes": "empty"},
-    # The gradient of one number is a sum, in which a long list would leave more luck than arithmetic.
-    {"function": "held_tanh", "operands": LIST, "gradient": "captured", "shapes": "few"},
-    {"function": "held_pair"},
-)
-INTEGER_FEATURES: Final[tuple[dict[str, Any], ...]] = (
-    {"function": "add"},
-    {"function": "div"},
-    {"function": "bits"},
-    {"function": "compare"},
-    {"function": "larger"},
-    {"function": "double", "operands": LIST},
-    {"function": "third", "operands": LIST},
-    {"function": "two_numbers", "operands": ("list", "integers", "integer"), "shapes": "odd"},
-    {"function": "mul_", "operands": ("list", "integer")},
-    {"function": "not", "operands": LIST},
-)
-
-
-def _mixed() -> Iterator[Call]:
-    several = (torch.float32, torch.bfloat16, torch.float64)
-    yield Call("chain", dtypes=several)
-    yield Call("chain", dtypes=several, others=(torch.float32, torch.float16), shapes="odd")
-    yield Call("chain", dtypes=(torch.bfloat16,), others=(torch.float32,), out="first")
-    yield Call("chain", dtypes=(torch.float32,), others=(torch.bfloat16,))
-    yield Call("add_", dtypes=(torch.float16, torch.float32), others=(torch.float32,))
-    yield Call("double", LIST, dtypes=(torch.float32, torch.int32, torch.bfloat16, torch.int64))
-    yield Call("decay", ("list", "floats"), dtypes=several)
-    yield Call("add", dtypes=(torch.float32,), others=(torch.int64,))
-    yield Call("mul", dtypes=(torch.int32,), others=(torch.int64, torch.uint8))
-    yield Call("exponential", dtypes=several, gradient="operands")
-    yield Call("add", dtypes=(torch.bool,), others=(torch.float32,))
-
-
-def calls() -> Iterator[Call]:
-    """Every call of the corpus."""
-    for dtype in FLOATS:
-        for changes in FEATURES:
-            yield dataclasses.replace(Call(dtypes=(dtype,)), **changes)
-    for dtype in INTEGERS:
-        for changes in INTEGER_FEATURES:
-            yield dataclasses.replace(Call(dtypes=(dtype,)), **changes)
-    yield Call("not", LIST, dtypes=(torch.bool,))
-    yield Call("larger", dtypes=(torch.int64,), shapes="broadcast")
-    yield from _mixed()
-    yield Call("chain", shapes="thousand")
-    yield Call("chain", shapes="thousand", dtypes=(torch.float32, torch.bfloat16), out="first")
-    yield Call(**ADAMW, shapes="thousand")
-    yield Call("decay", ("list", "floats"), shapes="thousand", dtypes=(torch.bfloat16,))
 
 
 def sample(call: Call) -> Sample:
@@ -422,4 +356,6 @@ def sample(call: Call) -> Sample:
 
 def samples() -> Iterator[Sample]:
     """Every sample of the family."""
+    from torchhal_conformance.families.foreach_calls import calls
+
     return (sample(call) for call in dict.fromkeys(calls()))

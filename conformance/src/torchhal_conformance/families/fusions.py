@@ -8,6 +8,10 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from torchhal.pointwise.primitives import PRIMITIVES
+from torchhal_conformance.families import primitives
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Function:
     captured: str = ""
     """Shape of the captured tensor in letters: ``b`` the flattened batch, ``r`` rows, ``c`` columns; ``0`` for none of them."""
     outputs: int = 1
+    draw: Callable[[tuple[int, ...], torch.Generator], Tensor] | None = None
+    """Makes what is captured from that shape; random numbers if None."""
 
 
 PROLOGUES: Final[dict[str, Function]] = {
@@ -49,5 +55,20 @@ EPILOGUES: Final[dict[str, Function]] = {
     "two": Function(lambda _: lambda v: (v, F.gelu(v)), outputs=2),
     "three": Function(lambda t: lambda v, b, r, c: (v * t[c], torch.where(c > r, v, 0.0), v), "c", outputs=3),
 }
+
+
+def _of_primitive(name: str) -> Function:
+    def over(table: Any) -> Callable[..., Any]:
+        return lambda v, b, r, c: primitives.applied(name, v, lambda i: table[i, c])
+
+    if not primitives.captures(name):
+        return Function(over)
+    return Function(over, "c", draw=lambda shape, generator: primitives.captured(name, shape, generator))
+
+
+PRIMITIVE_FUNCTIONS: Final = {primitives.PREFIX + name: _of_primitive(name) for name in PRIMITIVES}
+"""A prologue or epilogue for each primitive."""
+PROLOGUES.update(PRIMITIVE_FUNCTIONS)
+EPILOGUES.update(PRIMITIVE_FUNCTIONS)
 PLACES: Final = {"a_prologue": PROLOGUES, "b_prologue": PROLOGUES, "epilogue": EPILOGUES}
 """By the argument that takes them."""

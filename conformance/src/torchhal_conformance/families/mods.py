@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchhal.pointwise.primitives import PRIMITIVES
+from torchhal_conformance.families import primitives
+
 Make = Callable[[torch.Generator, int, int, int, int], Tensor]
 """``(generator, B, Hq, L, S)`` to the captured tensor."""
 
@@ -20,6 +23,8 @@ class Mod:
     over: Callable[[Any], Callable[..., Tensor]]
     captured: Make | None = None
     trainable: bool = False
+    silent_first: bool = False
+    """Whether the first key of each sequence is there for its score alone, and its value is zero."""
 
 
 def _alibi(slopes: Tensor) -> Callable[..., Tensor]:
@@ -45,6 +50,15 @@ def _per_batch(bias: Tensor) -> Callable[..., Tensor]:
     return lambda score, b, h, q, k: score * 0.5 + bias[b, k % bias.shape[1]]
 
 
+def _sink(sinks: Tensor) -> Callable[..., Tensor]:
+    return lambda score, b, h, q, k: torch.where(k == 0, sinks[h], score)
+
+
+def sinks(generator: torch.Generator, heads: int) -> Tensor:
+    """A learned logit for each query head that takes part in the softmax and carries no value, as in gpt-oss."""
+    return torch.randn(heads, generator=generator)
+
+
 SCORE_MODS: dict[str, Mod] = {
     "soft_cap": Mod(_soft_cap),
     "distance": Mod(_distance),
@@ -53,7 +67,20 @@ SCORE_MODS: dict[str, Mod] = {
     "per_batch": Mod(
         _per_batch, lambda g, b, h, q, k: torch.randn(b, max(k, 1), generator=g), trainable=True
     ),
+    "sink": Mod(_sink, lambda g, b, h, q, k: sinks(g, h), trainable=True, silent_first=True),
 }
+
+
+def _of_primitive(name: str) -> Mod:
+    def over(table: Any) -> Callable[..., Tensor]:
+        return lambda score, b, h, q, k: primitives.applied(name, score, lambda i: table[i, k])
+
+    captured: Make = lambda g, b, h, q, k: primitives.captured(name, (max(k, 1),), g)  # noqa: E731
+    return Mod(over, captured if primitives.captures(name) else None)
+
+
+PRIMITIVE_MODS: dict[str, Mod] = {primitives.PREFIX + name: _of_primitive(name) for name in PRIMITIVES}
+"""A score_mod for each primitive."""
 
 
 def _window(_: Any) -> Callable[..., Tensor]:

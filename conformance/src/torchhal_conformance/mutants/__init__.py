@@ -14,13 +14,25 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, Final
 
+import torch
+
 from torchhal import BackendInfo, Capabilities, Decline, Plan, hookimpl
 from torchhal.hookspecs import FAMILIES, hook_name
 from torchhal.problems import SPEC_VERSION
 from torchhal.reference import plugin as reference
 
 NAME: Final = "mutant"
-FILES: Final = ("attention", "hidden", "contract", "others", "services")
+FILES: Final = (
+    "attention",
+    "hidden",
+    "contract",
+    "others",
+    "services",
+    "promises",
+    "far",
+    "dropped",
+    "stores",
+)
 
 Run = Callable[..., Any]
 Change = Callable[[Run, Any], Run]
@@ -41,6 +53,9 @@ class Mutant:
     promises: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the plan that are changed too."""
     capabilities: Capabilities = reference.CAPABILITIES
+    needs: frozenset[str] = frozenset()
+    """Facilities without which the fault can not be seen, out of :data:`torchhal_conformance.model.FACILITIES`: it computes on
+    the machine's accelerator, and where none has them it is reported as not tried."""
 
     @property
     def plugin(self) -> SimpleNamespace:
@@ -54,14 +69,14 @@ class Mutant:
     def _identity(self) -> Any:
         @hookimpl
         def torchhal_backend() -> BackendInfo:
-            kinds = frozenset({"cpu"})
+            kind = _accelerator() if self.needs else "cpu"
             return BackendInfo(
                 NAME,
                 "torchhal",
-                kinds,
+                frozenset({kind}),
                 f">={SPEC_VERSION},<2",
                 self.capabilities,
-                {"cpu": -1},
+                {kind: -1},
                 lambda: {"status": "ready"},
             )
 
@@ -78,6 +93,12 @@ class Mutant:
 
         answer.__name__ = hook_name(family)
         return hookimpl(answer)
+
+
+def _accelerator() -> str:
+    """Type of this machine's accelerator; the CPU's where there is none, on which such a mutant is not tried."""
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else found.type
 
 
 @functools.cache

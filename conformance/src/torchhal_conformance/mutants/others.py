@@ -144,6 +144,28 @@ def _halved(tensor: Tensor) -> Tensor:
     return _Halved.apply(tensor)  # type: ignore[no-untyped-call,no-any-return]
 
 
+def _ulps(count: int) -> Callable[[Tensor], Tensor]:
+    """Too large by a few units in the last place: the smallest of the faults that a bound has to keep out."""
+    return lambda t: t * (1.0 + count * torch.finfo(t.dtype).eps) if t.is_floating_point() else t
+
+
+class _LooseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _ulps(16)(gradients[0])
+
+
+def _loose_gradient(run: Run, problem: Any) -> Run:
+    def loosened(t: Tensor) -> Tensor:
+        return _LooseBackward.apply(t) if t.requires_grad else t  # type: ignore[no-untyped-call]
+
+    return lambda *given: _each(loosened, run(*given))
+
+
 def _half_gradient(run: Run, problem: Any) -> Run:
     def faulty(*given: Any) -> Any:
         return _each(lambda t: _halved(t) if t.requires_grad else t, run(*given))
@@ -200,6 +222,15 @@ def _promises(family: str) -> tuple[Mutant, ...]:
         one("draws_random", "a random number is drawn", "state", draws),
         one("unwritten_later", "only the first call writes its result", "written", _unwritten),
         one("half_gradient", "gradients are half of what they should be", "gradients", _half_gradient),
+        one(
+            "ulps_off", "results are too large by eight units in the last place", "numbers", _result(_ulps(8))
+        ),
+        one(
+            "gradient_ulps_off",
+            "gradients are too large by sixteen units in the last place",
+            "gradients",
+            _loose_gradient,
+        ),
     )
 
 

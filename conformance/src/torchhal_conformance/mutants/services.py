@@ -65,10 +65,6 @@ def _no_such_option(run: Run, problem: Any) -> Run:
     return (lambda: {"no_such_option": True}) if problem.task == "compile_options" else run
 
 
-def _no_dk_across_ranks(run: Run, problem: Any) -> Run:
-    return lambda call, query, key, value, group: run(call, query, key.detach(), value, group)
-
-
 def _rows_from_zero(run: Run, problem: Any) -> Run:
     def faulty(call: Any, *rest: Any) -> Any:
         before = (0,) * call.rank + call.query_lengths[call.rank :]
@@ -127,7 +123,6 @@ RANKS: Final = ("context_parallel.numbers",)
 MUTANTS: Final = (
     Mutant("careless_store", "files are written in place and without a digest", STORES, _careless, "cache_store"),
     Mutant("no_such_option", "the compile options name one that torch has not", ("deploy.tasks",), _no_such_option, "deploy"),
-    Mutant("no_dk_across_ranks", "no gradient goes back to other ranks' keys", RANKS, _no_dk_across_ranks, "context_parallel"),
     Mutant("rows_from_zero", "every rank counts its rows from the start", RANKS, _rows_from_zero, "context_parallel"),
     Mutant("last_bit", "foreach results are one unit in the last place too large", ("foreach.bitwise",), _last_bit, "foreach"),
     Mutant(
