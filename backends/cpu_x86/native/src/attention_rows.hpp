@@ -27,7 +27,17 @@ class Rows {
   BlockRows blocks_;
   int64_t key0_, count_;
   BlockRows::State state_;  // of all rows, by the BlockMask
-  int64_t at_, run_;  // the run whose values are being added: where it begins in the block, and its keys
+  struct Run {
+    const char *keys, *values;
+    int64_t at, count;  // place in the block
+    int64_t keys_ahead, values_ahead;  // bytes from here to where the next block's keys begin
+  };
+  struct Runs {
+    const Run* first;
+    int64_t count, stride;
+  };
+  Run runs_[kBlock];
+  int64_t run_count_;
   bool masked_;  // some row may not see some key of the block
 
  public:
@@ -68,8 +78,8 @@ class Rows {
 
   // Asks for what the next block will read. The loops below do too much per line for the out-of-order window to reach
   // far ahead: without this, decoding read 10 GB/s on one Zen 4 core, with it 16; nearer, or into L1, was slower.
-  static void fetch_next_block(const char* row, int64_t stride, int64_t at) {
-    if (at % 64 == 0) _mm_prefetch(row + kBlock * stride + at, _MM_HINT_T1);
+  static void fetch_next_block(const char* row, int64_t ahead, int64_t at) {
+    if (at % 64 == 0) _mm_prefetch(row + ahead + at, _MM_HINT_T1);
   }
 
   void start() {
@@ -96,49 +106,50 @@ class Rows {
 
   void block() {
     if (!mask_block()) return;
-    runs([this](const KeyRun& run, int64_t j) { score_run(run, j); });
+    find_runs();
+    for (const Run* run = runs_; run < runs_ + run_count_; ++run) score_run(*run);
     if (p_.has_score_mod)
       modify_scores(p_, indices(), rows_ * kParts, scores_, thal::kLanes, scratch_ + p_.at_program);
     float alpha[N];
     for (int64_t r = 0; r < rows_; ++r) alpha[r] = soften(r);
-    bool first = true;  // sums are faded once for the block
-    runs([&](const KeyRun& run, int64_t j) {
-      value_run(run, j, alpha);
-      if (first)
-        for (int64_t r = 0; r < rows_; ++r) alpha[r] = 1.0f;
-      first = false;
-    });
+    add_values(alpha);
   }
 
-  // f with each run of the block's keys, and the run's place in the block.
-  template <class Call>
-  void runs(Call f) {
+  // The parts of the block that lie at one stride, and how far ahead of each the next block's part is.
+  void find_runs() {
+    run_count_ = 0;
     for (int64_t j = 0; j < count_;) {
       const KeyRun run = source_.run(key0_ + j, count_ - j);
-      f(run, j);
+      const int64_t next = key0_ + kBlock + j;
+      const KeyRun ahead = next < it_.sequence.S ? source_.run(next, 1) : run;
+      runs_[run_count_++] = {run.keys, run.values, j, run.count, ahead.keys - run.keys, ahead.values - run.values};
       j += run.count;
     }
   }
 
-  void score_run(const KeyRun& run, int64_t j) {
+  void score_run(const Run& run) {
     if (c_.k_stride[3] == 1) {
-      score_block<DT>(run.keys, c_.k_stride[2] * kSize, j, run.count);
+      score_block<DT>(run.keys, c_.k_stride[2] * kSize, run);
     } else {
       widen_rows<V, DT>(run.keys, c_.k_stride, run.count, c_.E, k_, buffer_);
-      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4, j, run.count);
+      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4, run);
     }
   }
 
-  void value_run(const KeyRun& run, int64_t j, const float* alpha) {
-    const bool wild = masked_ && !all_finite<V, DT>(run.values, c_.v_stride, run.count, c_.Ev, buffer_);
+  void add_values(const float* alpha) {
+    bool wild = false;
+    for (const Run* run = runs_; masked_ && run < runs_ + run_count_; ++run)
+      wild |= !all_finite<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, buffer_);
     if (!wild && c_.v_stride[3] == 1) {
-      value_block<DT>(run.values, c_.v_stride[2] * kSize, j, run.count, alpha);
+      value_block<DT>(runs_, run_count_, c_.v_stride[2] * kSize, alpha);
       return;
     }
-    widen_rows<V, DT>(run.values, c_.v_stride, run.count, c_.Ev, v_, buffer_);
-    if (wild) zero_wild(v_, run.count * c_.Ev);
-    value_block<THAL_F32>(reinterpret_cast<const char*>(v_), c_.Ev * 4, j, run.count, alpha);
-    if (wild) add_wild_values(run, j);
+    for (const Run* run = runs_; run < runs_ + run_count_; ++run)
+      widen_rows<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, v_ + run->at * c_.Ev, buffer_);
+    if (wild) zero_wild(v_, count_ * c_.Ev);
+    const Run whole = {nullptr, reinterpret_cast<const char*>(v_), 0, count_, 0, 0};
+    value_block<THAL_F32>(&whole, 1, c_.Ev * 4, alpha);
+    for (const Run* run = runs_; wild && run < runs_ + run_count_; ++run) add_wild_values(*run);
   }
 
   float* bias(int64_t r) { return scores_ + (rows_ + r) * kBlock; }
@@ -199,22 +210,22 @@ class Rows {
   }
 
   template <int T>
-  void score_block(const char* key, int64_t stride, int64_t at, int64_t count) {
+  void score_block(const char* key, int64_t stride, const Run& run) {
     int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride, at, count);
-    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride, at, count);
-    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride, at, count);
+    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride, run);
+    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride, run);
+    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride, run);
   }
 
   template <int T, int R>
-  void score_rows_of(int64_t r, const char* key, int64_t stride, int64_t at, int64_t count) {
+  void score_rows_of(int64_t r, const char* key, int64_t stride, const Run& run) {
     int64_t j = 0;
-    for (; j + 4 <= count; j += 4) dots<T, R, 4>(r, at + j, key + j * stride, stride);
-    for (; j < count; ++j) dots<T, R, 1>(r, at + j, key + j * stride, stride);
+    for (; j + 4 <= run.count; j += 4) dots<T, R, 4>(r, run.at + j, key + j * stride, stride, run.keys_ahead);
+    for (; j < run.count; ++j) dots<T, R, 1>(r, run.at + j, key + j * stride, stride, run.keys_ahead);
   }
 
   template <int T, int R, int K>
-  void dots(int64_t r0, int64_t j0, const char* key, int64_t stride) {
+  void dots(int64_t r0, int64_t j0, const char* key, int64_t stride, int64_t ahead) {
     F acc[R][K];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < K; ++j) acc[r][j] = V::zero();
@@ -222,7 +233,7 @@ class Rows {
     const auto step = [&](int64_t e, auto load) {
       F k[K];
       for (int j = 0; j < K; ++j) {
-        if (r0 == 0) fetch_next_block(key + j * stride, stride, e * size_of<T>());
+        if (r0 == 0) fetch_next_block(key + j * stride, ahead, e * size_of<T>());
         k[j] = load(key + j * stride + e * size_of<T>());
       }
       for (int r = 0; r < R; ++r) {
@@ -273,45 +284,47 @@ class Rows {
   }
 
   template <int T>
-  void value_block(const char* value, int64_t stride, int64_t at, int64_t count, const float* alpha) {
-    at_ = at, run_ = count;
+  void value_block(const Run* runs, int64_t count, int64_t stride, const float* alpha) {
+    const Runs all = {runs, count, stride};
     for (int64_t e = 0; e < c_.Ev; e += 4 * N) {
       const int64_t left = c_.Ev - e;
       int64_t r = 0;
-      for (; r + 4 <= rows_; r += 4) value_chunk<T, 4>(r, e, left, value, stride, alpha);
-      for (; r + 2 <= rows_; r += 2) value_chunk<T, 2>(r, e, left, value, stride, alpha);
-      for (; r < rows_; ++r) value_chunk<T, 1>(r, e, left, value, stride, alpha);
+      for (; r + 4 <= rows_; r += 4) value_chunk<T, 4>(r, e, left, all, alpha);
+      for (; r + 2 <= rows_; r += 2) value_chunk<T, 2>(r, e, left, all, alpha);
+      for (; r < rows_; ++r) value_chunk<T, 1>(r, e, left, all, alpha);
     }
   }
 
   template <int T, int R>
-  void value_chunk(int64_t r, int64_t e, int64_t left, const char* value, int64_t stride, const float* alpha) {
+  void value_chunk(int64_t r, int64_t e, int64_t left, const Runs& runs, const float* alpha) {
     if (left >= 4 * N) {
-      add_columns<T, R, 4>(r, e, value, stride, alpha, [](const char* p) { return V::template load_as<T>(p); });
+      add_columns<T, R, 4>(r, e, runs, alpha, [](const char* p) { return V::template load_as<T>(p); });
       return;
     }
     for (; left > 0; left -= N, e += N) {
       const int w = static_cast<int>(smaller(N, left));
-      add_columns<T, R, 1>(r, e, value, stride, alpha, [w](const char* p) { return V::template load_part<T>(p, w); });
+      add_columns<T, R, 1>(r, e, runs, alpha, [w](const char* p) { return V::template load_part<T>(p, w); });
     }
   }
 
   template <int T, int R, int C, class Load>
-  void add_columns(int64_t r0, int64_t e, const char* value, int64_t stride, const float* alpha, Load load) {
+  void add_columns(int64_t r0, int64_t e, const Runs& runs, const float* alpha, Load load) {
     F acc[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
-    value += e * size_of<T>();
-    const float* s = scores_ + r0 * kBlock + at_;
-    for (int64_t j = 0; j < run_; ++j, value += stride) {
-      F v[C];
-      for (int c = 0; c < C; ++c) {
-        if (r0 == 0) fetch_next_block(value, stride, c * N * size_of<T>());
-        v[c] = load(value + c * N * size_of<T>());
-      }
-      for (int r = 0; r < R; ++r) {
-        const F w = V::set1(s[r * kBlock + j]);
-        for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, v[c], acc[r][c]);
+    for (const Run* run = runs.first; run < runs.first + runs.count; ++run) {
+      const float* s = scores_ + r0 * kBlock + run->at;
+      const char* value = run->values + e * size_of<T>();
+      for (int64_t j = 0; j < run->count; ++j, value += runs.stride) {
+        F v[C];
+        for (int c = 0; c < C; ++c) {
+          if (r0 == 0) fetch_next_block(value, run->values_ahead, c * N * size_of<T>());
+          v[c] = load(value + c * N * size_of<T>());
+        }
+        for (int r = 0; r < R; ++r) {
+          const F w = V::set1(s[r * kBlock + j]);
+          for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, v[c], acc[r][c]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)
@@ -322,13 +335,13 @@ class Rows {
   }
 
   // What zero_wild took out, for the rows that do see the key.
-  void add_wild_values(const KeyRun& run, int64_t at) {
+  void add_wild_values(const Run& run) {
     for (int64_t j = 0; j < run.count; ++j)
       for (int64_t e = 0; e < c_.Ev; ++e) {
         const float x = scalar_as_float<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
         if (is_finite(x)) continue;
         for (int64_t r = 0; r < rows_; ++r)
-          if (bias(r)[at + j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + at + j] * x;
+          if (bias(r)[run.at + j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + run.at + j] * x;
       }
   }
 

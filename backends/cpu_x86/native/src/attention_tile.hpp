@@ -9,7 +9,8 @@
 
 namespace {
 
-enum class Partial { kNone, kCausal, kBias };
+// What hides keys of a block from rows of a panel. kScored: a score_mod alone, whose scores of -inf do.
+enum class Partial { kNone, kCausal, kScored, kBias };
 
 template <class V, int DT, bool PAIRS, int NQ>
 class Tile {
@@ -63,12 +64,21 @@ class Tile {
   }
 
  private:
+  // Keys per block: as many as fit, but of few keys equal parts, so that the 128 of a BlockMask are not 120 and 8.
+  static int64_t block_size(int64_t keys) {
+    constexpr int64_t most = thal::kKeyBlock, height = V::kRows;
+    if (keys > 8 * most) return most;
+    const int64_t part = keys / larger(1, (keys + most - 1) / most);
+    return larger(height, smaller(most, (part + height) / height * height));
+  }
+
   // Keys that the BlockMask, or the want of one, puts in one state.
   void visit(int64_t begin, int64_t end, BlockRows::State state) {
     state_ = state;
-    for (int64_t key = begin; key < end; key += thal::kKeyBlock) {
+    const int64_t step = block_size(end - begin);
+    for (int64_t key = begin; key < end; key += step) {
       key0_ = key;
-      count_ = smaller(thal::kKeyBlock, end - key);
+      count_ = smaller(step, end - key);
       loaded_ = false;
       finite_ = -1;
       if (p_.has_score_mod || p_.has_mask_mod)
@@ -158,8 +168,10 @@ class Tile {
     alignas(64) float top[W], alpha[W];
     scores<V, PAIRS, NQ>(keys_, key_stride_, n, q_ + panel * words_ * W, words_, scores_, top);
     if (p_.has_score_mod) {
-      if (partial != Partial::kBias) causal_bias<V, NQ>(limit, key0_, n, bias_);
-      partial = Partial::kBias;
+      if (finite_ < 0) finite_ = all_finite<V, DT>(value_source_, v_stride_, count_, c_.Ev, buffer_);
+      const bool needs_bias = finite_ == 0 || partial == Partial::kCausal;
+      if (partial != Partial::kBias && needs_bias) causal_bias<V, NQ>(limit, key0_, n, bias_);
+      partial = needs_bias || partial == Partial::kBias ? Partial::kBias : Partial::kScored;
       for (int half = 0; half < W; half += thal::kLanes)
         modify_scores(p_, indices(panel, half), n, scores_ + half, W, scratch_ + p_.at_program);
     }
@@ -169,6 +181,9 @@ class Tile {
         break;
       case Partial::kCausal:
         soften<Partial::kCausal>(panel, n, top, alpha);
+        break;
+      case Partial::kScored:
+        soften<Partial::kScored>(panel, n, top, alpha);
         break;
       case Partial::kBias:
         soften<Partial::kBias>(panel, n, top, alpha);
@@ -256,12 +271,12 @@ class Tile {
       F x = V::load(s + j * W);
       if constexpr (P == Partial::kCausal) {
         x = V::keep_below(x, limit, static_cast<int32_t>(key0_ + j));
-      } else {
+      } else if constexpr (P == Partial::kBias) {
         float* bias = bias_ + j * W + q * V::N;
         x = V::add_bias(x, factor, V::load(bias));
         if (p_.has_score_mod) V::store(bias, x);  // a score of -inf hides its key too
       }
-      V::store(s + j * W, x);
+      if constexpr (P != Partial::kScored) V::store(s + j * W, x);
       top = V::max(top, x);
     }
     return top;

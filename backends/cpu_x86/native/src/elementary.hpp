@@ -33,16 +33,17 @@ inline float scale_by_power(float p, float n) {
   return p * power(half) * power(k - half);
 }
 
-// e^r on [-ln(2) / 2, ln(2) / 2]: 1 + r + r^2 * p(r), minimax, of which rounding costs more than the error of 3e-9.
-inline float exp_near_zero(float r) {
+// e^r - 1 on [-ln(2) / 2, ln(2) / 2]: r + r^2 * p(r), minimax, of which rounding costs more than the error of 3e-9.
+inline float expm1_near_zero(float r) {
   float p = 1.381446607e-3f;
   p = std::fma(p, r, 8.368780836e-3f);
   p = std::fma(p, r, 4.166839272e-2f);
   p = std::fma(p, r, 1.666651964e-1f);
   p = std::fma(p, r, 4.999999404e-1f);
-  p = std::fma(p, r * r, r);
-  return p + 1.0f;
+  return std::fma(p, r * r, r);
 }
+
+inline float exp_near_zero(float r) { return expm1_near_zero(r) + 1.0f; }
 
 inline float nearest(float x) {
   constexpr float big = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
@@ -94,21 +95,15 @@ inline float log_of(float x) {
   return pick(x < 0.0f || x != x, std::numeric_limits<float>::quiet_NaN(), y);
 }
 
-// Near zero an odd polynomial (Cephes' tanhf), elsewhere from e^2|x|, of which float32 sees nothing beyond 9.1.
+// t / (t + 2) with t = e^2|x| - 1, which keeps its digits near zero: there it is the polynomial less its 1. Within 2 ulp;
+// float32 sees nothing of t beyond |x| = 9.1.
 inline float tanh_of(float x) {
-  const float size = std::fabs(x), square = x * x;
-  float p = -5.70498872745e-3f;
-  p = std::fma(p, square, 2.06390887954e-2f);
-  p = std::fma(p, square, -5.37397155531e-2f);
-  p = std::fma(p, square, 1.33314422036e-1f);
-  p = std::fma(p, square, -3.33332819422e-1f);
-  const float near = std::fma(p * square, x, x);
+  const float size = std::fabs(x);
   const float doubled = pick(size > 9.1f, 18.2f, 2.0f * size);
   const float n = nearest(doubled * 1.44269504f);
-  const float r = less_logarithms(doubled, n);
-  const float power = exp_near_zero(r) * bits_as<float>((static_cast<int32_t>(n) + 127) << 23);
-  const float far = std::copysign(1.0f - 2.0f / (power + 1.0f), x);
-  return pick(x != x, x, pick(size < 0.625f, near, far));
+  const float power = bits_as<float>((static_cast<int32_t>(n) + 127) << 23);
+  const float t = std::fma(power, expm1_near_zero(less_logarithms(doubled, n)), power - 1.0f);
+  return pick(x != x, x, std::copysign(t / (t + 2.0f), x));
 }
 
 inline double exp_of(double x) { return std::exp(x); }

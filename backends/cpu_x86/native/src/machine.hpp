@@ -95,15 +95,21 @@ class Step : Arithmetic {
         for (int64_t i = 0; i < frame_.rows; ++i) out[i] = element(i);
         fill(out + frame_.rows, rows_ * kLanes - frame_.rows, T(0));
       } else {
-        for (int64_t j = 0; j < rows_; ++j, out += kLanes) {
-          const int64_t base = (first_ + j) * in.stride;
-          THAL_VECTOR_LOOP
-          for (int64_t i = 0; i < kLanes; ++i) out[i] = element(base + i);
+        if constexpr (std::is_same_v<T, float>) {
+          if (in_.attribute == 0) return load_rows(out, in.stride, [&](int64_t i) { return element(i) * frame_.factor; });
         }
+        load_rows(out, in.stride, element);
       }
     });
-    if (in_.attribute == 0 && in_.type == Type::kF32 && frame_.factor != 1.0f)
-      in_place<float>([factor = frame_.factor](float x) { return x * factor; });
+  }
+
+  template <class T, class Element>
+  void load_rows(T* THAL_RESTRICT out, int64_t stride, Element element) const {
+    for (int64_t j = 0; j < rows_; ++j, out += kLanes) {
+      const int64_t base = (first_ + j) * stride;
+      THAL_VECTOR_LOOP
+      for (int64_t i = 0; i < kLanes; ++i) out[i] = element(base + i);
+    }
   }
 
   void gather(const Program& program) {
