@@ -170,6 +170,43 @@ def test_pages_are_those_of_the_specification_whatever_unused_slots_hold(
     )
 
 
+@pytest.mark.parametrize("isa", LIBRARY.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("p", [0.3, 0.999, 1.0])
+def test_dropout_takes_the_weights_that_the_specification_takes(
+    p: float, rows: int, dtype: torch.dtype, isa: str
+) -> None:
+    query, key, value = tensors((2, 4, rows, 16), (2, 2, 701, 16), (2, 2, 701, 24), dtype=dtype)
+    mask = blocks("shared", rows, 701, (16, 7))  # blocks that begin between two evaluations of the generator
+    before = LIBRARY.get_isa(dtype)
+    LIBRARY.set_isa(dtype, isa)
+    try:
+        found = []
+        for backend, given in (
+            ("cpu_x86", (query, key, value)),
+            ("reference", (query.double(), key.double(), value.double())),
+        ):
+            torch.manual_seed(3)
+            found.append(
+                torchhal.attention(
+                    *given,
+                    score_mod=alibi,
+                    block_mask=mask,
+                    dropout_p=p,
+                    enable_gqa=True,
+                    return_lse=True,
+                    backend=backend,
+                )
+            )
+    finally:
+        LIBRARY.set_isa(dtype, before)
+    bound = 1e-5 if dtype is torch.float32 else 2e-2
+    largest = float(found[1][0].abs().max())
+    torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=bound, atol=bound * max(largest, 1.0))
+    torch.testing.assert_close(found[0][1].double(), found[1][1], rtol=1e-5, atol=1e-5)
+
+
 def test_a_score_of_minus_infinity_hides_what_its_key_holds() -> None:
     for rows in (1, 40):
         query, key, value = tensors((1, 2, rows, 16), (1, 2, 90, 16), (1, 2, 90, 16))
@@ -251,7 +288,7 @@ def flex(description: str, operands: list[Tensor], rows: int = 4) -> Any:
     return torch.ops.torchhal_cpu_x86.flex_attention(query, key, value, operands, description, 1.0)
 
 
-PLAIN = "0 0 0 0 0 0 1 1 -1 -1 0 0"
+PLAIN = "0 0 0 0 0 0 1 1 -1 -1 0 0 0"
 
 
 @settings(max_examples=300, deadline=None)
@@ -274,11 +311,11 @@ def test_descriptions_that_nobody_wrote_are_refused(description: str) -> None:
 def test_operands_that_are_missing_or_too_many_are_refused() -> None:
     assert flex(PLAIN, [])[0].shape == (1, 2, 4, 8)
     with pytest.raises(RuntimeError, match="attn_mask is missing"):
-        flex("0 0 0 1 0 0 1 1 -1 -1 0 0", [])
+        flex("0 0 0 1 0 0 1 1 -1 -1 0 0 0", [])
     with pytest.raises(RuntimeError, match="there are 1 operands and the description names 0"):
         flex(PLAIN, [torch.ones(4, 6)])
     with pytest.raises(RuntimeError, match="kv_num_blocks must be int32"):
-        flex("0 0 0 0 1 0 1 1 -1 -1 0 0", [torch.ones(1, 1, 4), torch.ones(1, 1, 4, 6)])
+        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0", [torch.ones(1, 1, 4), torch.ones(1, 1, 4, 6)])
     lists = [torch.ones(1, 1, 3, dtype=torch.int32), torch.ones(1, 1, 3, 6, dtype=torch.int32)]
     with pytest.raises(RuntimeError, match="the BlockMask must cover every query position"):
-        flex("0 0 0 0 1 0 1 1 -1 -1 0 0", lists)
+        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0", lists)

@@ -74,7 +74,6 @@ REFUSED: list[tuple[str, Callable[[list[torch.Tensor]], Any], str]] = [
         lambda t: torchhal.attention(*t, attn_mask=torch.randn(33, 33).double(), backend="cpu_x86"),
         "a mask of torch.float64 is not served",
     ),
-    ("dropout", lambda t: torchhal.attention(*t, dropout_p=0.5, backend="cpu_x86"), "dropout"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,10 +35,47 @@ def accelerator_facilities() -> frozenset[str]:
     if not torch.accelerator.is_available():
         return frozenset()
     try:
-        torch.accelerator.Graph()
+        new_graph()
     except (RuntimeError, NotImplementedError):  # torch has streams for every accelerator, graphs for some
         return frozenset({"streams"})
     return frozenset({"streams", "graphs"})
+
+
+def new_graph() -> Any:
+    """An empty graph of this machine's accelerator: entered to capture, then replayed.
+
+    ``torch.accelerator.Graph``, or where torch is too old for that what the device's own module has for it.
+
+    Raises:
+        RuntimeError, NotImplementedError: the device has no graphs.
+    """
+    if hasattr(torch.accelerator, "Graph"):  # not in torch 2.11
+        return torch.accelerator.Graph()
+    return _ModuleGraph(torch.get_device_module(torch.accelerator.current_accelerator()))
+
+
+class _ModuleGraph:
+    """A graph by the words that device modules share: a class whose name ends in Graph, entered by ``graph(...)``."""
+
+    def __init__(self, module: Any) -> None:
+        kinds = [
+            kind for name, kind in vars(module).items() if name.endswith("Graph") and isinstance(kind, type)
+        ]
+        if not kinds or not hasattr(module, "graph"):
+            raise NotImplementedError(f"{module.__name__} has no graphs")
+        self._graph = kinds[0]()
+        self._capture = module.graph(self._graph)
+
+    def __enter__(self) -> _ModuleGraph:
+        self._capture.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._capture.__exit__(*error)
+
+    def replay(self) -> None:
+        """Run what was captured."""
+        self._graph.replay()
 
 
 @contextmanager

@@ -12,10 +12,12 @@ import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Client
-from typing import Any
+from typing import Any, TypeVar
 
 ADDRESS = "TORCHHAL_CONFORMANCE_WORKER"
 """Environment variable with the address and the key of the connection; nobody is to set it by hand."""
+
+Wire = TypeVar("Wire", bound=Any)
 
 
 def connected() -> Any:
@@ -24,7 +26,7 @@ def connected() -> Any:
     return undelayed(Client((host, int(port)), authkey=bytes.fromhex(key)))
 
 
-def undelayed(connection: Any) -> Any:
+def undelayed(connection: Wire) -> Wire:
     """The connection with every message sent at once: a second small one would wait 40 ms for the first's receipt."""
     wire = socket.socket(fileno=connection.fileno())
     try:

@@ -88,6 +88,15 @@ typedef struct thal_ragged {
   int64_t page_table_stride[2], columns, pages, page_size;
 } thal_ragged;
 
+/* The weight of a pair is dropped where its 32-bit word of Philox4x32-10 is below `threshold`, p * 2^32; those that stay
+ * are divided by 1 - p. reference/dropout.py has the counters. */
+typedef struct thal_dropout {
+  uint64_t seed;
+  uint64_t threshold; /* up to 2^32 */
+  float kept;         /* 1 / (1 - p), and 1 for p = 1 */
+  int32_t reserved;
+} thal_dropout;
+
 typedef struct thal_attention {
   uint32_t struct_size; /* sizeof(thal_attention) */
   int32_t dtype;        /* of q, k, v and out; arithmetic accumulates in float32 */
@@ -109,6 +118,7 @@ typedef struct thal_attention {
   int64_t lse_stride[3];
   const thal_function *score_mod, *mask_mod; /* null: none */
   const thal_blocks* blocks;                 /* null: none */
+  const thal_dropout* dropout;               /* null: none */
   const thal_ragged* ragged;                 /* null: every sequence has L rows and S keys */
   void* workspace; /* any alignment */
   int64_t workspace_size;

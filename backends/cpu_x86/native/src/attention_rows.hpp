@@ -2,6 +2,7 @@
 // once, in the order it lies in memory, for all query heads of the group. Bound by memory bandwidth, not arithmetic.
 #pragma once
 
+#include "dropout.hpp"
 #include "emit.hpp"
 #include "keys.hpp"
 #include "mods.hpp"
@@ -95,7 +96,7 @@ class Rows {
         const F x = V::template load_part<DT>(src + e * kSize, static_cast<int>(smaller(N, c.E - e)));
         V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
       }
-      for (int64_t i = 0; p_.has_score_mod + p_.has_mask_mod > 0 && i < kParts; ++i) {
+      for (int64_t i = 0; p_.needs_indices() && i < kParts; ++i) {
         heads_[r * kParts + i] = static_cast<int32_t>(h);
         positions_[r * kParts + i] = static_cast<int32_t>(it_.sequence.first + l);
       }
@@ -112,7 +113,18 @@ class Rows {
       modify_scores(p_, indices(), rows_ * kParts, scores_, thal::kLanes, scratch_ + p_.at_program);
     float alpha[N];
     for (int64_t r = 0; r < rows_; ++r) alpha[r] = soften(r);
+    if (c_.dropout) drop();
     add_values(alpha);
+  }
+
+  // Zeroes the weights that dropout takes; what is left is scaled once at the end.
+  void drop() {
+    const uint64_t threshold = c_.dropout->threshold;
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* s = scores_ + r * kBlock;
+      draw_for_keys(*c_.dropout, it_.b, heads_[r * kParts], positions_[r * kParts], key0_, count_,
+                    [&](int64_t j, uint32_t word) { s[j] = word >= threshold ? s[j] : 0.0f; });
+    }
   }
 
   // The parts of the block that lie at one stride, and how far ahead of each the next block's part is.
@@ -347,7 +359,7 @@ class Rows {
 
   void finish(int64_t r) {
     emit_state(p_, it_, r, max_[r], sum_[r]);
-    const F scale = it_.partial ? V::set1(1.0f) : V::inverse_or_zero(V::set1(sum_[r]));
+    const F scale = it_.partial ? V::set1(1.0f) : V::mul(V::inverse_or_zero(V::set1(sum_[r])), V::set1(p_.kept()));
     for (int64_t e = 0; e < c_.Ev; e += N) {
       const int w = static_cast<int>(smaller(N, c_.Ev - e));
       emit_columns<V, DT>(p_, it_, r, e, V::mul(V::load(o_ + r * value_width_ + e), scale), w);

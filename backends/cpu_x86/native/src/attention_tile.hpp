@@ -2,6 +2,7 @@
 // vector lanes, meets the keys block by block with an online softmax.
 #pragma once
 
+#include "dropout.hpp"
 #include "emit.hpp"
 #include "gemm.hpp"
 #include "keys.hpp"
@@ -81,7 +82,7 @@ class Tile {
       count_ = smaller(step, end - key);
       loaded_ = false;
       finite_ = -1;
-      if (p_.has_score_mod || p_.has_mask_mod)
+      if (p_.needs_indices())
         for (int64_t j = 0; j < count_; ++j) key_index_[j] = static_cast<int32_t>(key + j);
       for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
     }
@@ -94,7 +95,7 @@ class Tile {
       max_[i] = -kInf;
       sum_[i] = 0.0f;
       limit_[i] = static_cast<int32_t>(row_limit(p_, it_, row));
-      if (!p_.has_score_mod && !p_.has_mask_mod) continue;
+      if (!p_.needs_indices()) continue;
       heads_[i] = static_cast<int32_t>(it_.kv_head * p_.group + row % p_.group);
       positions_[i] = static_cast<int32_t>(it_.sequence.first + row / p_.group);
     }
@@ -189,7 +190,21 @@ class Tile {
         soften<Partial::kBias>(panel, n, top, alpha);
         break;
     }
+    if (c_.dropout) drop(panel, n);
     add_values(panel, n, alpha, partial);
+  }
+
+  // Zeroes the weights that dropout takes; what is left is scaled once at the end.
+  void drop(int64_t panel, int64_t n) {
+    const uint64_t threshold = c_.dropout->threshold;
+    for (int half = 0; half < W; half += kPhiloxLanes) {
+      const Indices at = indices(panel, half);
+      draw_for_rows(*c_.dropout, it_.b, at.heads, at.positions, key0_, n, [&](int64_t j, const uint32_t* words) {
+        auto* row = reinterpret_cast<uint32_t*>(scores_) + (PAIRS ? j / 2 : j) * W + half;
+        const uint32_t taken = !PAIRS ? 0 : j % 2 ? 0x0000ffffu : 0xffff0000u;  // what stays of a dropped pair's word
+        for (int i = 0; i < kPhiloxLanes; ++i) row[i] &= words[i] >= threshold ? 0xffffffffu : taken;
+      });
+    }
   }
 
   Indices indices(int64_t panel, int64_t half) const {
@@ -375,7 +390,7 @@ class Tile {
     for (int q = 0; q < NQ; ++q) {
       const int64_t first = row0 + q * V::N;
       const int64_t rows = smaller(V::N, it_.rows - first);
-      const F scale = it_.partial ? V::set1(1.0f) : V::inverse_or_zero(V::load(sum_ + first));
+      const F scale = it_.partial ? V::set1(1.0f) : V::mul(V::inverse_or_zero(V::load(sum_ + first)), V::set1(p_.kept()));
       for (int64_t e = 0; e < c_.Ev && rows > 0; e += V::N) {
         const int w = static_cast<int>(smaller(V::N, c_.Ev - e));
         F t[V::N];

@@ -15,10 +15,14 @@ class KeySource {
   const Item& it_;
   const thal_ragged* pages_;
   int64_t size_;
+  int shift_ = -1;  // of a page size that is a power of 2, for which nothing is divided
 
  public:
   KeySource(const Plan& p, const Item& it, int64_t size)
-      : c_(p.call), it_(it), pages_(p.call.ragged && p.call.ragged->lengths ? p.call.ragged : nullptr), size_(size) {}
+      : c_(p.call), it_(it), pages_(p.call.ragged && p.call.ragged->lengths ? p.call.ragged : nullptr), size_(size) {
+    for (int shift = 0; pages_ && shift < 31; ++shift)
+      if (pages_->page_size == int64_t{1} << shift) shift_ = shift;
+  }
 
   bool paged() const { return pages_; }
 
@@ -27,7 +31,7 @@ class KeySource {
     int64_t k = it_.sequence.k + it_.kv_head * c_.k_stride[1], v = it_.sequence.v + it_.kv_head * c_.v_stride[1];
     int64_t row = key, count = most;
     if (pages_) {
-      const int64_t column = key / pages_->page_size;
+      const int64_t column = shift_ >= 0 ? key >> shift_ : key / pages_->page_size;
       const int64_t page =
           pages_->page_table[it_.b * pages_->page_table_stride[0] + column * pages_->page_table_stride[1]];
       row = key - column * pages_->page_size;

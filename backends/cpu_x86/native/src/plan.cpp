@@ -23,6 +23,7 @@ int check(const thal_attention& c) {
   if (c.B < 0 || c.Hq < 0 || c.Hkv < 0 || c.L < 0 || c.S < 0 || c.E < 1 || c.Ev < 0) return THAL_BAD_SIZE;
   if (c.Hkv ? c.Hq % c.Hkv : c.Hq) return THAL_BAD_SIZE;
   if (c.S > INT32_MAX || c.L > INT32_MAX) return THAL_BAD_SIZE;  // causal limits are kept in 32 bits
+  if (c.dropout && c.dropout->threshold > uint64_t{1} << 32) return THAL_BAD_SIZE;
   if (c.num_threads < 1 || (c.num_threads > 1 && !c.parallel)) return THAL_BAD_THREADS;
   return THAL_OK;
 }
@@ -73,8 +74,8 @@ void set_tiles(Plan& p) {
   // Up to half a vector of rows, filling lanes with rows would waste more than sums along the head dimension cost.
   p.row_kernel = p.most_rows <= p.lanes / 2;
   p.panel = p.most_rows <= p.lanes ? p.lanes : 2 * p.lanes;
-  // The machine for captured functions works on whole rows.
-  if (p.has_score_mod || p.asks()) p.panel = std::max(p.panel, kLanes);
+  // The machine for captured functions, and the generator of dropout, work on 16 lanes.
+  if (p.needs_indices() || p.asks()) p.panel = std::max(p.panel, kLanes);
   // 128 rows share each pass over keys and values; query and sums of 128 rows fill half an L2 at E = Ev = 192.
   const int64_t most = c.E + c.Ev > 384 ? 64 : 128;
   p.tile_rows = p.row_kernel ? std::max<int64_t>(p.most_rows, 1) : std::min(most, ceil_div(p.most_rows, p.panel) * p.panel);
@@ -110,7 +111,7 @@ void set_scratch(Plan& p) {
   p.at_sum = take(rows * 4);
   p.at_limit = take(rows * 4);
   p.at_rows = take(p.lanes * (std::max(c.E, c.Ev) + 1) * 4);
-  const bool functions = p.has_score_mod || p.asks();
+  const bool functions = p.needs_indices();
   p.at_program = take(std::max(p.score_mod.bytes, p.mask_mod.bytes));
   p.at_visible = take(p.asks() ? block * lanes * 4 : 0);
   p.at_heads = take(functions ? 4 * rows * 4 : 0);

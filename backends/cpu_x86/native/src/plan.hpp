@@ -59,6 +59,9 @@ struct Plan {
   char* scratch;
   float* partials;
 
+  // What finished sums are multiplied with, beside the inverse of the weights' sum.
+  float kept() const { return call.dropout ? call.dropout->kept : 1.0f; }
+  bool needs_indices() const { return has_score_mod || has_mask_mod || call.dropout; }
   bool asks() const { return has_mask_mod || call.blocks; }  // whether keys are hidden by a function or a BlockMask
 };
 

@@ -79,7 +79,7 @@ void merge_row(const Plan& p, int64_t i, const Item& it, float* sums) {
     for (int64_t e = 0; e < c.Ev; ++e) sums[e] += weight * o[e];
   }
   const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  const float inverse = total == 0.0f ? 0.0f : p.kept() / total;
   const int64_t at = it.sequence.out + h * c.out_stride[1] + l * c.out_stride[2];
   for (int64_t e = 0; e < c.Ev; ++e) store(c.dtype, c.out, at + e * c.out_stride[3], sums[e] * inverse);
   if (c.lse)

@@ -2,6 +2,7 @@
 //
 // Its description is text, whole numbers with spaces between, which torchhal_cpu_x86/flex.py writes; its operands are
 // the tensors beside query, key and value, in the order in which FlexCall::read_operands reads them.
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <unordered_map>
@@ -17,6 +18,7 @@ enum Layout : int64_t { kDense = 0, kVarlen = 1, kPaged = 2 };
 struct Description {
   int64_t layout, is_causal, return_lse, has_mask, has_blocks, has_full_blocks, block_rows, block_keys;
   int64_t score_captured, mask_captured;  // -1: there is no such function
+  int64_t dropout;                        // bits of the probability as a double, 0 without dropout
   std::vector<int64_t> score_words, mask_words;
 };
 
@@ -41,9 +43,10 @@ bool parse_numbers(const char* text, size_t size, std::vector<int64_t>& out) {
 
 bool parse(const char* text, size_t size, Description& d) {
   std::vector<int64_t> words;
-  if (!parse_numbers(text, size, words) || words.size() < 12) return false;
+  if (!parse_numbers(text, size, words) || words.size() < 13) return false;
   int64_t* const fields[] = {&d.layout,          &d.is_causal,  &d.return_lse, &d.has_mask,       &d.has_blocks,
-                             &d.has_full_blocks, &d.block_rows, &d.block_keys, &d.score_captured, &d.mask_captured};
+                             &d.has_full_blocks, &d.block_rows, &d.block_keys, &d.score_captured, &d.mask_captured,
+                             &d.dropout};
   size_t at = 0;
   for (int64_t* field : fields) *field = words[at++];
   for (std::vector<int64_t>* program : {&d.score_words, &d.mask_words}) {
@@ -80,6 +83,7 @@ class FlexCall : TorchCall {
   thal_function score_mod_ = {}, mask_mod_ = {};
   std::vector<thal_captured> captured_[2];
   thal_blocks blocks_ = {};
+  thal_dropout dropout_ = {};
   thal_ragged ragged_ = {};
 
  public:
@@ -158,6 +162,7 @@ class FlexCall : TorchCall {
     if (d_->mask_captured >= 0) c_.mask_mod = &mask_mod_;
     if ((d_->has_blocks || d_->has_full_blocks) && !read_blocks()) return false;
     if (d_->layout != kDense && !(d_->layout == kVarlen ? read_starts() : read_pages())) return false;
+    if (d_->dropout && !read_dropout()) return false;
     return next_ == operands_.size() || fail("there are %zu operands and the description names %zu", operands_.size(), next_);
   }
 
@@ -241,6 +246,20 @@ class FlexCall : TorchCall {
     std::copy(table.strides, table.strides + 2, ragged_.page_table_stride);
     ragged_.columns = table.sizes[1], ragged_.pages = key_.sizes[0], ragged_.page_size = key_.sizes[2];
     c_.ragged = &ragged_;
+    return true;
+  }
+
+  bool read_dropout() {
+    double p;
+    std::memcpy(&p, &d_->dropout, sizeof(p));
+    View seed;
+    if (!next("seed", 0, 0, seed)) return false;
+    if (seed.dtype != torch.int64()) return fail("seed must be int64");
+    if (!(p >= 0.0 && p <= 1.0)) return fail("the probability of dropout must be from 0 to 1");
+    std::memcpy(&dropout_.seed, seed.data, sizeof(dropout_.seed));
+    dropout_.threshold = static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
+    dropout_.kept = static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 1.0);
+    c_.dropout = &dropout_;
     return true;
   }
 

@@ -22,5 +22,6 @@ CAPABILITIES: Final = Capabilities(
         score_mod=True,
         mask_mod=True,
         captured_tensors=True,
+        dropout=True,
     ),
 )

@@ -28,12 +28,12 @@ Run = Callable[..., Any]
 def is_needed(problem: AttentionProblem) -> bool:
     """Whether a problem is more than the plain operators serve."""
     functions = problem.score_mod is not None or problem.mask_mod is not None
-    return functions or problem.block_size is not None or problem.layout != "dense"
+    return functions or problem.dropout or problem.block_size is not None or problem.layout != "dense"
 
 
 def runner(problem: AttentionProblem) -> Run:
     """The ``run`` of a plan: the operator with what the problem fixes bound."""
-    described: dict[tuple[bool, bool], str] = {}
+    described: dict[tuple[bool, bool, float], str] = {}
 
     def run(
         query: Tensor,
@@ -44,10 +44,11 @@ def runner(problem: AttentionProblem) -> Run:
         operands: AttentionOperands | None,
     ) -> Any:
         given = operands or AttentionOperands()
-        lists = (given.kv_num_blocks is not None, given.full_kv_num_blocks is not None)
-        text = described.get(lists)
+        kind = (given.kv_num_blocks is not None, given.full_kv_num_blocks is not None, given.dropout_p)
+        text = described.get(kind)
         if text is None:
-            text = described[lists] = _description(problem, *lists)
+            described.clear()  # probabilities of dropout without end must not fill the memory
+            text = described[kind] = _description(problem, *kind)
         tensors = _tensors(attn_mask, given)
         try:
             out, lse = torch.ops.torchhal_cpu_x86.flex_attention(query, key, value, tensors, text, scale)
@@ -59,11 +60,12 @@ def runner(problem: AttentionProblem) -> Run:
     return run
 
 
-def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: bool) -> str:
+def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: bool, dropout_p: float) -> str:
     rows, keys = problem.block_size or (1, 1)
     score, mask = problem.score_mod, problem.mask_mod
     numbers = [LAYOUTS[problem.layout], problem.is_causal, problem.return_lse, problem.mask_dtype is not None]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
+    numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
     for graph in (score, mask):
         words = programs.encode(graph) if graph is not None else ()
         numbers += [len(words), *words]
@@ -89,7 +91,7 @@ def _tensors(attn_mask: Tensor | None, operands: AttentionOperands) -> list[Tens
     tensors += [tensor.contiguous() for tensor in lengths if tensor is not None]
     if operands.page_table is not None and operands.seq_lens is not None:
         tensors += [operands.page_table, operands.seq_lens.contiguous()]
-    return tensors
+    return [*tensors, operands.seed] if operands.seed is not None else tensors
 
 
 def _blame_data(whole: Piece, operands: AttentionOperands) -> None:

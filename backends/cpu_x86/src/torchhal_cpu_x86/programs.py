@@ -49,7 +49,10 @@ def _attribute(node: Node) -> int:
         return node.position
     if node.primitive != "constant":
         return 0
-    if is_float(node.dtype):
-        bits: int = struct.unpack("<q", struct.pack("<d", float(node.value)))[0]
-        return bits
-    return int(node.value)
+    return double_bits(float(node.value)) if is_float(node.dtype) else int(node.value)
+
+
+def double_bits(number: float) -> int:
+    """The bits of a float64 as a signed word."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits

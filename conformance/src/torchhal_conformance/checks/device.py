@@ -1,6 +1,6 @@
 """Streams and graphs of a device: is the work put where it was asked for, and is it the same when it is replayed?
 
-Both are torch's words for every accelerator (``torch.Stream``, ``torch.accelerator.Graph``); what a device lacks it is not
+Both are torch's words for every accelerator (``torch.Stream``, :func:`torchhal_conformance.calls.new_graph`); what a device lacks it is not
 asked about (:data:`torchhal_conformance.model.FACILITIES`).
 """
 
@@ -92,7 +92,7 @@ def _captured(backend: str, sample: Sample, inputs: Inputs) -> tuple[Any, Output
         for _ in range(WARM_UP):
             calls.call(sample, backend, inputs)
     torch.accelerator.synchronize()
-    graph = torch.accelerator.Graph()
+    graph = calls.new_graph()
     found: Outputs = ()
     try:
         with stream, graph:
