@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from installed_backends import Site
 
 import torchhal
-from torchhal.bench import accuracy, attention, cases, ceilings, chart, idle, overhead
+from torchhal.bench import accuracy, attention, candidates, catalogue, ceilings, chart, idle, overhead
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.ceilings import Ceilings
+from torchhal.bench.dense import Dense
 from torchhal.bench.timing import Effort, Timing, interleaved, quantile
 from torchhal.errors import BackendNotFound, InvalidProblem, Unsupported
 from torchhal.registry import registry
@@ -27,7 +28,7 @@ from torchhal.registry import registry
 CPU = torch.device("cpu")
 BRIEF = Effort(repetitions=3, budget=0.0, most=3, floor=1e-5)
 LIMITS = Ceilings(100.0, 10.0, "somewhere", "somewhere")
-TINY = Case("tiny", batch=2, heads=4, kv_heads=2, length=5, keys=7, head_size=8)
+TINY = Dense("tiny", batch=2, heads=4, kv_heads=2, length=5, keys=7, head_size=8)
 
 
 # ---------------------------------------------------------------------------- timing
@@ -89,29 +90,16 @@ def test_work_is_counted_as_the_pairs_that_are_not_hidden_by_causality(
     assert case.bytes == 4 * (2 * query.numel() + key.numel() + value.numel())
 
 
-def test_each_named_case_is_a_valid_problem_and_its_name_is_its_own() -> None:
-    names = [case.name for case in cases.ATTENTION]
-    assert len(set(names)) == len(names)
-    for case in cases.ATTENTION:
-        small_case = dataclasses.replace(case, length=min(case.length, 4), keys=min(case.keys, 4))
-        assert small_case.problem(small_case.inputs(CPU)).query_dtype is case.dtype
-
-
-def test_the_cases_the_project_is_judged_by_are_there() -> None:
-    kinds = {(c.length, c.head_size, c.dtype, c.causal, c.kv_heads) for c in cases.ATTENTION}
-    for size in (64, 128):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert (2048, size, dtype, True, 16) in kinds
-    assert (1, 128, torch.bfloat16, False, 8) in kinds
-
-
 def test_cases_are_chosen_by_beginning_or_pattern() -> None:
-    assert [c.name for c in cases.chosen("decode")] == ["decode-gqa-d128-f32", "decode-gqa-d128-bf16"]
-    assert {c.dtype for c in cases.chosen("*-bf16")} == {torch.bfloat16}
+    assert [c.name for c in catalogue.chosen("decode-gqa-d128")] == [
+        "decode-gqa-d128-f32",
+        "decode-gqa-d128-bf16",
+    ]
+    assert {c.dtype for c in catalogue.chosen("*-bf16")} == {torch.bfloat16}
     with pytest.raises(
         InvalidProblem, match="no attention case is called 'prefil'; cases are causal-2048-d64-f32"
     ):
-        cases.chosen("decode,prefil")
+        catalogue.chosen("decode,prefil")
 
 
 # ---------------------------------------------------------------------------- accuracy
@@ -182,7 +170,7 @@ def rows(case: Case, *names: str) -> dict[str, attention.Row]:
 def test_ours_and_the_peers_are_checked_and_timed_on_the_same_inputs(site: Site) -> None:
     site.add("fast", causal="True")
     found = rows(dataclasses.replace(TINY, causal=True), "fast", "reference")
-    assert list(found) == ["fast", "reference", attention.SDPA, attention.SDPA_DENSE]
+    assert list(found) == ["fast", "reference", candidates.SDPA, candidates.SDPA_DENSE]
     assert all(row.passed and row.timing is not None for row in found.values())
     assert [row.ours for row in found.values()] == [True, True, False, False]
 
@@ -209,13 +197,13 @@ def test_a_backend_that_declines_or_raises_is_shown_with_the_reason(site: Site) 
 def test_the_reference_is_not_run_where_its_scores_would_fill_the_memory(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_MOST_SCORES", 1)
+    monkeypatch.setattr(candidates, "_MOST_SCORES", 1)
     assert "keeps all scores" in rows(TINY, "reference")["reference"].not_run
 
 
 def test_shares_are_of_the_limits_and_speedups_of_torch() -> None:
     ours = attention.Row(TINY, "ours", True, Timing((1e-6,)), 0.0, 1.0)
-    torchs = attention.Row(TINY, attention.SDPA, False, Timing((3e-6,)), 0.0, 1.0)
+    torchs = attention.Row(TINY, candidates.SDPA, False, Timing((3e-6,)), 0.0, 1.0)
     found = attention.CaseResult(TINY, [ours, torchs]).to_dict(LIMITS)["candidates"][0]
     assert found["speedup_over_sdpa"] == pytest.approx(3.0)
     assert found["compute_share"] == pytest.approx(TINY.flops / 1e-6 / 100e9)
@@ -252,7 +240,7 @@ def test_a_limit_is_the_highest_that_a_probe_or_torch_reaches(
 
 
 def result_for_chart() -> attention.CaseResult:
-    timings = {"ours": (1e-3,), attention.SDPA: (2e-3,)}
+    timings = {"ours": (1e-3,), candidates.SDPA: (2e-3,)}
     return attention.CaseResult(
         TINY, [attention.Row(TINY, n, n == "ours", Timing(t), 0.0, 1.0) for n, t in timings.items()]
     )

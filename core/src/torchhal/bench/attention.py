@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from torchhal._text import dtype_name
-from torchhal.bench import accuracy, cases
-from torchhal.bench.cases import Case, Inputs
+from torchhal.bench import catalogue
+from torchhal.bench.accuracy import Expectation
+from torchhal.bench.candidates import Candidate
+from torchhal.bench.cases import OWN, Case, Requirement
 from torchhal.bench.ceilings import Ceilings
-from torchhal.bench.timing import Effort, Timing, interleaved, synchronizer
-from torchhal.problems import Decline
+from torchhal.bench.timing import Effort, Timing, synchronizer
 from torchhal.registry import REFERENCE, Backend
-
-SDPA: Final = "torch sdpa"
-SDPA_DENSE: Final = "torch sdpa, dense mask"
-FLEX: Final = "torch flex, compiled"
-
-_MOST_SCORES: Final = 1 << 30
-"""Bytes of scores past which the reference, which keeps them all, is not run."""
-
-Attention = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,11 +32,42 @@ class Row:
     tolerance: float = 0.0
     not_run: str = ""
     """Why there is no time; empty if there is one."""
+    yardstick: str = ""
+    """Of a call that a backend's own is held against: ``own dense`` and the like; empty for the case itself."""
+    backend: str = ""
+    """Whose call it is; empty for peers."""
+    other_work: bool = False
+    """Whether it computes something else than the case, so that rates and speed-ups would mean nothing."""
 
     @property
     def passed(self) -> bool:
         """Whether the result was right."""
         return bool(self.not_run) or self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One requirement of a case, held against what was measured."""
+
+    requirement: Requirement
+    measured: float | None
+    """How many times faster than the yardstick; None if one of them was not measured or was wrong."""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the requirement is met; None if it was not measured."""
+        return None if self.measured is None else self.measured >= self.requirement.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers for JSON."""
+        needed = self.requirement
+        return {
+            "against": needed.against,
+            "ratio": needed.ratio,
+            "factor": needed.factor,
+            "measured": self.measured,
+            "passed": self.passed,
+        }
 
 
 @dataclass(frozen=True)
@@ -62,14 +82,33 @@ class CaseResult:
         return next((row.timing for row in self.rows if row.candidate == candidate), None)
 
     def speedup(self, row: Row, best: bool = False) -> float | None:
-        """How many times faster than torch's scaled_dot_product_attention a candidate is; None if it is wrong.
+        """How many times faster than the case's baseline, torch's nearest equivalent, a candidate is; None if it is wrong.
 
         By medians, or by the best times, which other programs on the machine disturb less.
         """
-        peer = self.timing(SDPA)
-        if peer is None or row.timing is None or not row.passed:
+        peer = self.timing(self.case.baseline)
+        if peer is None or row.timing is None or row.other_work or not row.passed:
             return None
         return peer.best / row.timing.best if best else peer.median / row.timing.median
+
+    def verdicts(self, row: Row) -> list[Verdict]:
+        """Whether a backend's time clears each bar of the case; nothing for peers and yardsticks."""
+        if not row.ours or row.yardstick:
+            return []
+        return [Verdict(needed, self._measured(needed, row)) for needed in self.case.requirements]
+
+    def _measured(self, needed: Requirement, row: Row) -> float | None:
+        held = next((r for r in self.rows if self._is_yardstick(r, needed, row)), None)
+        usable = held is not None and held.passed and row.passed
+        if not usable or held is None or held.timing is None or row.timing is None:
+            return None
+        return needed.measured(held.timing, row.timing)
+
+    @staticmethod
+    def _is_yardstick(other: Row, needed: Requirement, row: Row) -> bool:
+        if needed.against.startswith(OWN):
+            return other.backend == row.backend and other.yardstick == needed.against
+        return not other.ours and other.candidate == needed.against
 
     def to_dict(self, limits: Ceilings) -> dict[str, Any]:
         """Numbers for JSON."""
@@ -82,6 +121,8 @@ class CaseResult:
         }
         return {
             "case": case.name,
+            "kind": case.kind,
+            "baseline": case.baseline,
             **described,
             "flops": case.flops,
             "bytes": case.bytes,
@@ -89,23 +130,38 @@ class CaseResult:
         }
 
     def _row_dict(self, row: Row, limits: Ceilings) -> dict[str, Any]:
-        start: dict[str, Any] = {"candidate": row.candidate, "ours": row.ours}
+        start: dict[str, Any] = {
+            "candidate": row.candidate,
+            "ours": row.ours,
+            "yardstick": row.yardstick,
+            "requirements": [verdict.to_dict() for verdict in self.verdicts(row)],
+        }
         if row.timing is None:
             return {**start, "not_run": row.not_run}
-        seconds = row.timing.median
-        wrong = row.error if row.error != float("inf") else None
+        over_sdpa = self.case.baseline.startswith("torch sdpa")
+        speedup, by_best = self.speedup(row), self.speedup(row, best=True)
         return {
             **start,
             "seconds": row.timing.to_dict(),
-            "speedup_over_sdpa": self.speedup(row),
-            "speedup_over_sdpa_by_best": self.speedup(row, best=True),
+            "speedup": speedup,
+            "speedup_by_best": by_best,
+            "speedup_over_sdpa": speedup if over_sdpa else None,
+            "speedup_over_sdpa_by_best": by_best if over_sdpa else None,
+            **self._work(row, row.timing.median, limits),
+            "max_error": row.error if row.error != float("inf") else None,
+            "tolerance": row.tolerance,
+            "passed": row.passed,
+        }
+
+    def _work(self, row: Row, seconds: float, limits: Ceilings) -> dict[str, float | None]:
+        """Rates and shares of the limits, by the work that the case is; nothing for other work."""
+        if row.other_work:
+            return dict.fromkeys(("gflops", "gbps", "compute_share", "read_share"))
+        return {
             "gflops": self.case.flops / seconds / 1e9,
             "gbps": self.case.bytes / seconds / 1e9,
             "compute_share": limits.compute_share(self.case.flops, seconds),
             "read_share": limits.read_share(self.case.bytes, seconds),
-            "max_error": wrong,
-            "tolerance": row.tolerance,
-            "passed": row.passed,
         }
 
 
@@ -113,89 +169,43 @@ def measure(
     case: Case, backends: list[Backend], device: torch.device, effort: Effort, flex: bool = False
 ) -> CaseResult:
     """Check every candidate on one case, then time those that are right, in turns."""
-    inputs = case.inputs(device)
-    found = [*(_ours(case, inputs, backend) for backend in backends), *_peers(case, inputs, flex)]
-    expected = accuracy.expectation(inputs, case.causal)
-    checked = [_checked(case, name, call, expected, ours) for name, call, ours in found]
-    calls = {
-        row.candidate: call for row, (_, call, _) in zip(checked, found) if not row.not_run and callable(call)
-    }
-    with torch.inference_mode():
-        timings = interleaved(calls, effort, synchronizer(device))
-    return CaseResult(case, [_with_timing(row, timings) for row in checked])
+    with case.mode():
+        bound = case.bind(device)
+        found = [c for backend in backends for c in bound.ours(case, backend)] + bound.peers(flex)
+        expected = bound.expected()
+        checked = [_checked(case, candidate, expected) for candidate in found]
+        calls = {
+            c.name: c.call
+            for row, c in zip(checked, found, strict=True)
+            if not row.not_run and c.call is not None
+        }
+        timings = case.time(calls, effort, synchronizer(device))
+    return CaseResult(case, [replace(row, timing=timings.get(row.candidate)) for row in checked])
 
 
-Candidate = tuple[str, "Attention | str", bool]
-"""Name, what to call or why there is nothing to call, and whether it is ours."""
-
-
-def _checked(case: Case, name: str, call: Attention | str, expected: accuracy.Expectation, ours: bool) -> Row:
-    if isinstance(call, str):
-        return Row(case, name, ours, not_run=call)
-    try:
-        with torch.inference_mode():
-            error = expected.error(call())
-    except Exception as fault:  # a candidate that fails is a result
-        return Row(
-            case, name, ours, not_run=f"raised {type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
-        )
-    return Row(case, name, ours, None, error, expected.tolerance)
-
-
-def _with_timing(row: Row, timings: dict[str, Timing]) -> Row:
-    return Row(
-        row.case, row.candidate, row.ours, timings.get(row.candidate), row.error, row.tolerance, row.not_run
+def _checked(case: Case, candidate: Candidate, expected: Expectation) -> Row:
+    made = Row(
+        case,
+        candidate.name,
+        candidate.ours,
+        not_run=candidate.not_run,
+        yardstick=candidate.yardstick,
+        backend=candidate.backend,
+        other_work=candidate.expected is not None,
     )
+    if candidate.call is None:
+        return made
+    expected = candidate.expected or expected
+    try:
+        error = expected.error(candidate.view(candidate.call()))
+    except Exception as fault:  # a candidate that fails is a result
+        return replace(made, not_run=f"raised {type(fault).__name__}: {' '.join(str(fault).split())[:200]}")
+    return replace(made, error=error, tolerance=expected.tolerance)
 
 
-# ---------------------------------------------------------------------------- candidates
-
-
-def _ours(case: Case, inputs: Inputs, backend: Backend) -> Candidate:
-    problem = case.problem(inputs)
-    answer = backend.ask(problem)
-    if isinstance(answer, Decline):
-        return backend.name, f"declined: {answer}", True
-    scores = 4 * case.batch * case.heads * case.length * case.keys
-    if backend.name == REFERENCE and scores > _MOST_SCORES:
-        return backend.name, f"keeps all scores, {scores / 2**30:.1f} GiB here", True
-    query, key, value, mask = inputs
-    scale = case.head_size**-0.5
-    return backend.name, functools.partial(answer.run, query, key, value, mask, scale, None), True
-
-
-def _peers(case: Case, inputs: Inputs, flex: bool) -> list[Candidate]:
-    query, key, value, mask = inputs
-    grouped = case.heads != case.kv_heads
-    sdpa = functools.partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=grouped)
-    peers: list[Candidate] = [(SDPA, functools.partial(sdpa, attn_mask=mask, is_causal=case.causal), False)]
-    if case.causal:
-        rows = torch.arange(case.length, device=query.device).unsqueeze(1)
-        dense = torch.arange(case.keys, device=query.device) <= rows
-        peers.append((SDPA_DENSE, functools.partial(sdpa, attn_mask=dense), False))
-    if flex:
-        peers.append((FLEX, _flex(case, inputs), False))
-    return peers
-
-
-def _flex(case: Case, inputs: Inputs) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return q >= k
-
-    def window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q - k < case.window)
-
-    query, key, value, _ = inputs
-    mask_mod = causal if case.causal else window if case.masked else None
-    block_mask = None
-    if mask_mod is not None:
-        block_mask = create_block_mask(mask_mod, None, None, case.length, case.keys, device=str(query.device))
-    torch._dynamo.reset()  # each case compiles anew: a graph for changing shapes would be a slower one
-    compiled = torch.compile(flex_attention, dynamic=False)
-    grouped = case.heads != case.kv_heads
-    return functools.partial(compiled, query, key, value, block_mask=block_mask, enable_gqa=grouped)
+def wrong(results: list[CaseResult]) -> Iterator[Row]:
+    """The rows of our backends whose result was not right."""
+    return (row for result in results for row in result.rows if row.ours and not row.passed)
 
 
 def candidates(found: dict[str, Backend], device: torch.device, only: str | None) -> list[Backend]:
@@ -210,5 +220,5 @@ def candidates(found: dict[str, Backend], device: torch.device, only: str | None
 
 def select_cases(patterns: str | None, quick: bool) -> list[Case]:
     """The cases to time."""
-    chosen = cases.chosen(patterns)
+    chosen = catalogue.chosen(patterns)
     return [case.quick() for case in chosen] if quick else chosen

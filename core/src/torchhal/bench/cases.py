@@ -1,19 +1,25 @@
-"""The calls that ``torchhal bench attention`` times, and the inputs for them."""
+"""What a measured call is made of: its sizes, its tensors, the work it is, and the bar it has to clear.
+
+:class:`Case` is what every kind has in common; the kinds are in :mod:`dense`, :mod:`layouts`, :mod:`backward` and
+:mod:`first_call` beside this file, and :mod:`catalogue` lists the calls that are measured.
+"""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from torchhal._text import dtype_name
-from torchhal.attention_call import Call, build_problem
-from torchhal.errors import InvalidProblem
+from torchhal.bench.timing import Effort, Timing, interleaved
 from torchhal.problems import AttentionProblem
+
+if TYPE_CHECKING:
+    from torchhal.bench.candidates import Bound
 
 
 class Inputs(NamedTuple):
@@ -37,9 +43,40 @@ class Shape:
         return f"B={self.batch} L={self.length} S={self.keys}"
 
 
+OWN = "own "
+"""How a requirement's yardstick begins when it is another call of the same backend: ``own dense``, ``own plain``."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """How fast a backend has to be, against what was measured beside it."""
+
+    against: str
+    """A peer's name, or ``own dense`` and the like for another call of the same backend."""
+    ratio: float
+    """The yardstick's time, times :attr:`factor`, is at least this many times the backend's."""
+    factor: float = 1.0
+    """Share of the yardstick's work that the case is: its density, where the yardstick computes every pair."""
+
+    def __str__(self) -> str:
+        share = "" if self.factor == 1.0 else f" x {self.factor:.3f} of its work"
+        return f"{self.ratio:.2f}x {self.against}{share}"
+
+    def measured(self, yardstick: Timing, ours: Timing) -> float:
+        """What to hold against :attr:`ratio`, by medians."""
+        return yardstick.median * self.factor / ours.median
+
+
 @dataclass(frozen=True)
 class Case:
-    """One dense attention call."""
+    """One attention call; a subclass says of which kind, and how it is made."""
+
+    kind: ClassVar[str] = ""
+    """What sort of call it is, in a word or two."""
+    baseline: ClassVar[str] = ""
+    """The peer that speed-ups are relative to: torch's nearest equivalent."""
+    grad: ClassVar[bool] = False
+    """Whether gradients are computed."""
 
     name: str
     batch: int = 1
@@ -50,19 +87,18 @@ class Case:
     head_size: int = 64
     dtype: torch.dtype = torch.float32
     causal: bool = False
-    masked: bool = False
-    """With a boolean mask: keys up to the query's own, at most :attr:`window` of them."""
+    requirements: tuple[Requirement, ...] = ()
 
     @property
-    def window(self) -> int:
-        """Keys a query of a masked case sees at most."""
-        return max(1, self.keys // 4)
+    def masked(self) -> bool:
+        """Whether there is a mask in a tensor."""
+        return False
 
     @property
     def pairs(self) -> int:
-        """Pairs of query row and key that have to be computed for one head.
+        """Pairs of query row and key that have to be computed for one head, over all rows of one sequence.
 
-        A mask is data: only what ``is_causal`` hides counts as not computed.
+        A mask is data: only what ``is_causal``, a BlockMask or a sequence's end hides counts as not computed.
         """
         if not self.causal:
             return self.length * self.keys
@@ -70,15 +106,19 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two matrix products."""
+        """Floating-point operations of the matrix products."""
         return 4.0 * self.batch * self.heads * self.pairs * self.head_size
 
     @property
     def bytes(self) -> float:
         """Bytes that have to be moved at least: each input read once, the output written once."""
         rows = 2 * self.heads * self.length + 2 * self.kv_heads * self.keys
-        mask = self.length * self.keys if self.masked else 0
-        return float(self.batch * rows * self.head_size * self.dtype.itemsize + mask)
+        return float(self.batch * rows * self.head_size * self.dtype.itemsize)
+
+    @property
+    def scores(self) -> int:
+        """Elements of the largest matrix of scores that a backend may hold which keeps them all."""
+        return self.batch * self.heads * self.length * self.keys
 
     @property
     def shape(self) -> dict[str, int]:
@@ -86,89 +126,58 @@ class Case:
         names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share key heads."""
+        return self.heads != self.kv_heads
+
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
-        """Random inputs, the same for the same seed."""
+        """Random query, key and value, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(heads: int, rows: int) -> Tensor:
             made = torch.randn((self.batch, heads, rows, self.head_size), generator=generator)
             return made.to(device=device, dtype=self.dtype)
 
-        mask = self.mask().to(device) if self.masked else None
         return Inputs(
             normal(self.heads, self.length),
             normal(self.kv_heads, self.keys),
             normal(self.kv_heads, self.keys),
-            mask,
         )
 
-    def mask(self) -> Tensor:
-        """The sliding window of a masked case as (L, S) bool."""
-        distance = torch.arange(self.length).unsqueeze(1) - torch.arange(self.keys)
-        return (distance >= 0) & (distance < self.window)
+    def bind(self, device: torch.device, seed: int = 0) -> Bound:
+        """The case with its tensors: what is called, against whom, and what has to come out."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its calls are made")
 
-    def problem(self, inputs: Inputs) -> AttentionProblem:
-        """The Problem of the call on these inputs."""
-        query, key, value, mask = inputs
-        call = Call(query, key, value, mask, is_causal=self.causal, enable_gqa=self.heads != self.kv_heads)
-        return build_problem(call)
+    def mode(self) -> AbstractContextManager[Any]:
+        """What the calls run under."""
+        return torch.enable_grad() if self.grad else torch.inference_mode()
 
-    def quick(self) -> Case:
-        """A smaller case of the same kind."""
-        return replace(self, length=max(1, self.length // 8), keys=max(1, self.keys // 8))
+    def time(
+        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, wait: Callable[[], Any]
+    ) -> dict[str, Timing]:
+        """Times of the candidates, which take turns."""
+        return interleaved(calls, effort, wait)
 
+    def resized(self, length: int) -> Self:
+        """The same call with another number of queries and keys, of which it had equally many."""
+        return replace(self, length=length, keys=length)
 
-_TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-_SHORT: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    def quick(self) -> Self:
+        """A smaller case of the same kind, of which nothing is required: the bars are for the full sizes."""
+        length, keys = (max(1, n // 8) for n in (self.length, self.keys))
+        return replace(self, length=length, keys=keys, requirements=())
 
-
-def _each_type(case: Case, types: Iterable[torch.dtype] = _TYPES) -> list[Case]:
-    return [replace(case, name=f"{case.name}-{_SHORT[t]}", dtype=t) for t in types]
-
-
-_F32_BF16: Final = (torch.float32, torch.bfloat16)
-
-ATTENTION: Final[tuple[Case, ...]] = (
-    *_each_type(Case("causal-2048-d64", causal=True)),
-    *_each_type(Case("causal-2048-d128", causal=True, head_size=128)),
-    *_each_type(Case("full-2048-d64")),
-    *_each_type(Case("decode-gqa-d128", batch=8, heads=32, kv_heads=8, length=1, head_size=128), _F32_BF16),
-    *_each_type(Case("causal-8192-d64", heads=8, kv_heads=8, length=8192, keys=8192, causal=True), _F32_BF16),
-    *_each_type(Case("window-mask-2048-d64", masked=True), _F32_BF16),
-    *_each_type(Case("small-causal-64-d64", heads=8, kv_heads=8, length=64, keys=64, causal=True), _F32_BF16),
-    *_each_type(Case("small-decode-128-d64", heads=9, kv_heads=3, length=1, keys=128), _F32_BF16),
-)
-"""Prefill and decoding as models do them, at lengths where kernels differ, and calls so small that overhead does."""
-
-
-def chosen(patterns: str | None) -> list[Case]:
-    """The cases whose names match one of some patterns, separated by commas; all without patterns.
-
-    Raises:
-        InvalidProblem: a pattern matches nothing.
-    """
-    if patterns is None:
-        return list(ATTENTION)
-    found: dict[str, Case] = {}
-    for pattern in (p.strip() for p in patterns.split(",")):
-        matching = {
-            c.name: c for c in ATTENTION if fnmatch.fnmatchcase(c.name, pattern) or c.name.startswith(pattern)
-        }
-        if not matching or not pattern:
-            known = ", ".join(c.name for c in ATTENTION)
-            raise InvalidProblem(
-                f"no attention case is called {pattern!r}; cases are {known}, and * stands for any letters"
-            )
-        found.update(matching)
-    return list(found.values())
+    def traits(self) -> str:
+        """What :func:`describe` says beside sizes and type."""
+        return "causal" if self.causal else "full"
 
 
 def describe(case: Case) -> str:
     """One line for a person."""
-    heads = f"{case.heads}" if case.heads == case.kv_heads else f"{case.heads}/{case.kv_heads}"
-    kind = "causal" if case.causal else "windowed mask" if case.masked else "full"
+    heads = f"{case.heads}" if not case.grouped else f"{case.heads}/{case.kv_heads}"
     sizes = f"B={case.batch} H={heads} L={case.length} S={case.keys} D={case.head_size}"
-    return f"{sizes} {dtype_name(case.dtype)} {kind}"
+    return f"{sizes} {dtype_name(case.dtype)} {case.traits()}"
 
 
 # ---------------------------------------------------------------------------- inputs of any problem

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchhal.bench.attention import SDPA, CaseResult
+from torchhal.bench.attention import CaseResult
 from torchhal.errors import Unsupported
 
 _COLOURS = ("#1b6ca8", "#e07a1f", "#2f9e63", "#8e5bb5", "#b23a48")
@@ -28,10 +28,11 @@ def require_matplotlib() -> Any:
 
 
 def draw(results: Sequence[CaseResult], title: str, path: Path) -> None:
-    """Draw how many times faster than torch's own attention each candidate is, case by case.
+    """Draw how many times faster than torch's nearest equivalent each candidate is, case by case.
 
     Args:
-        results: what was measured; cases without a time for torch's attention are left out.
+        results: what was measured; cases without a time for their baseline, and the calls that backends
+            are held against themselves, are left out.
         title: says what machine and versions the chart is of.
         path: the file to write; its suffix chooses the format.
 
@@ -41,19 +42,22 @@ def draw(results: Sequence[CaseResult], title: str, path: Path) -> None:
     require_matplotlib()
     from matplotlib import pyplot
 
-    shown = [result for result in results if result.timing(SDPA) is not None]
-    names = [n for n in dict.fromkeys(row.candidate for r in shown for row in r.rows) if n != SDPA]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * max(1, len(shown) * len(names))))
+    shown = [result for result in results if _compared([result]) and result.timing(result.case.baseline)]
+    names = _compared(shown)
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * max(1, len(shown) * max(2, len(names)))))
     height = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         _bars(axes, shown, name, height, index * height, _COLOURS[index % len(_COLOURS)])
     axes.margins(x=0.1)
     axes.axvline(1.0, color="black", linewidth=1, zorder=0)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shown))], [r.case.name for r in shown])
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shown))], [_label(r) for r in shown])
     axes.invert_yaxis()
-    axes.set_xlabel(f"times faster than {SDPA} (longer is better; the line is {SDPA} itself)")
+    axes.set_xlabel(
+        "times faster than torch's nearest equivalent, named under each case\n(longer is better; the line is torch itself)"
+    )
     axes.set_title(title, fontsize=9)
-    axes.legend(loc="best", fontsize=8)
+    if names:
+        axes.legend(loc="best", fontsize=8)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)
@@ -63,6 +67,21 @@ def draw(results: Sequence[CaseResult], title: str, path: Path) -> None:
         pyplot.close(figure)
 
 
+def _compared(results: Sequence[CaseResult]) -> list[str]:
+    """The candidates that have bars: all that are in some case neither its baseline nor a yardstick."""
+    names = (
+        row.candidate
+        for result in results
+        for row in result.rows
+        if not row.yardstick and row.candidate != result.case.baseline and row.timing is not None
+    )
+    return list(dict.fromkeys(names))
+
+
+def _label(result: CaseResult) -> str:
+    return f"{result.case.name}\n{result.case.baseline}"
+
+
 def _bars(
     axes: Any, results: Sequence[CaseResult], name: str, height: float, offset: float, colour: str
 ) -> None:
@@ -70,7 +89,7 @@ def _bars(
         i: speedup
         for i, result in enumerate(results)
         for row in result.rows
-        if row.candidate == name and (speedup := result.speedup(row)) is not None
+        if row.candidate == name != result.case.baseline and (speedup := result.speedup(row)) is not None
     }
     bars = axes.barh(
         [i + offset for i in values], list(values.values()), height=height * 0.92, label=name, color=colour

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +127,21 @@ def _batch(call: Call, count: int, wait: Call) -> float:
         call()
     wait()
     return (time.perf_counter() - begin) / count
+
+
+def in_turns(
+    makers: Mapping[str, Callable[[], AbstractContextManager[Call]]], rounds: int, wait: Call = _nothing
+) -> dict[str, Timing]:
+    """Time calls that can be made once only, in turns: each is prepared outside the clock, and none is warmed up.
+
+    Args:
+        makers: by name, what prepares another call; it is made inside the context.
+        rounds: how many calls of each.
+        wait: called before the clock is stopped, see :func:`synchronizer`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            with make() as call:
+                times[name].append(_batch(call, 1, wait))
+    return {name: Timing(tuple(values)) for name, values in times.items()}

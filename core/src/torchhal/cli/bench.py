@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from torchhal.bench import attention as measuring
 from torchhal.bench import chart, overhead
+from torchhal.bench import memory as growing
 from torchhal.bench.cases import describe
 from torchhal.bench.ceilings import Ceilings, ceilings
 from torchhal.bench.timing import QUICK, Effort
@@ -52,12 +53,21 @@ def attention(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the speed-ups to FILE, for example attention.png."),
     ] = None,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Also the peak of extra memory at doubling lengths, each in a process of its own (Linux).",
+        ),
+    ] = False,
     json_output: Json = False,
 ) -> None:
-    """Time dense attention: our backends, torch's scaled_dot_product_attention and its variants, in turns.
+    """Time attention of every kind: our backends and torch's nearest equivalents, in turns.
 
     Every candidate is first checked against float64. Shares are of the machine's limits as measured in this
-    run: arithmetic in float32, and reading memory, counting each input and output once.
+    run: arithmetic in float32, and reading memory, counting each input and output once. What a case needs, against
+    a peer or against another call of the same backend ("cpu, dense" is such a call), is shown with pass or MISS. A
+    miss is no error: the exit code is 1 only for a backend whose result is wrong.
     """
     _set_threads(threads)
     if plot is not None:
@@ -74,12 +84,17 @@ def attention(
     measured = measuring.candidates(found.backends, where, backend)
     effort = QUICK if quick else Effort()
     results = []
-    with progress(len(cases) + 1, "bench attention", json_output) as step:
+    grown: list[growing.Growth] = []
+    with progress(len(cases) + 1 + memory, "bench attention", json_output) as step:
         step("the machine's limits")
         limits = ceilings(where, list(found.backends.values()))
         for case in cases:
             step(case.name)
             results.append(measuring.measure(case, measured, where, effort, flex))
+        if memory:
+            step("memory")
+            lengths = growing.QUICK_LENGTHS if quick else growing.LENGTHS
+            grown += growing.growths(measured, where, lengths)
     if plot is not None:
         chart.draw(results, _title(), plot)
     if json_output:
@@ -89,11 +104,13 @@ def attention(
                 "quick": quick,
                 "ceilings": limits.to_dict(),
                 "cases": [r.to_dict(limits) for r in results],
+                "memory": [g.to_dict() for g in grown],
             }
         )
     else:
         _show_attention(results, limits, plot)
-    if any(row.ours and not row.passed for result in results for row in result.rows):
+        _show_memory(grown)
+    if any(measuring.wrong(results)):
         raise typer.Exit(FAILED)
 
 
@@ -184,9 +201,18 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
         f"{limits.gbps:.1f} GB/s ({limits.gbps_source})",
     )
     console.print(f"limits in this run: {arithmetic}, {reading}")
-    speedups = (f"x {measuring.SDPA}", "by best")
-    numbers = ("median", "p10 .. p90", *speedups, "GFLOP/s", "of limit", "GB/s", "of limit ", "max error")
-    made = table("Attention", "case", "candidate", *numbers, numbers=numbers)
+    numbers = (
+        "median",
+        "p10 .. p90",
+        "x torch",
+        "by best",
+        "GFLOP/s",
+        "of limit",
+        "GB/s",
+        "of limit ",
+        "max error",
+    )
+    made = table("Attention", "case", "candidate", *numbers, "needs", numbers=numbers)
     for result in results:
         for index, row in enumerate(result.rows):
             case = (
@@ -197,6 +223,7 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
             made.add_row(*(case or [""]), *_attention_cells(result, row, limits))
         made.add_section()
     console.print(made)
+    _show_needs(results)
     if plot is not None:
         console.print(f"chart: {escape(str(plot))}")
     _note_load()
@@ -204,21 +231,76 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
 
 def _attention_cells(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
     name = f"[bold]{escape(row.candidate)}[/]" if row.ours else escape(row.candidate)
+    needs = ", ".join(_mark(verdict.passed) for verdict in result.verdicts(row))
     if row.timing is None:
-        return [f"{name}: {escape(row.not_run)}"]
-    timing, case = row.timing, result.case
+        return [f"{name}: {escape(row.not_run)}", *[""] * 9, needs]
+    timing = row.timing
     speedups = [result.speedup(row), result.speedup(row, best=True)]
     return [
         name,
         seconds(timing.median),
         f"{seconds(timing.p10)} .. {seconds(timing.p90)}",
         *("" if speedup is None else f"{speedup:.2f}" for speedup in speedups),
-        f"{case.flops / timing.median / 1e9:.1f}",
-        f"{limits.compute_share(case.flops, timing.median):.0%}",
-        f"{case.bytes / timing.median / 1e9:.1f}",
-        f"{limits.read_share(case.bytes, timing.median):.0%}",
+        *_rates(result, row, limits),
         f"{row.error:.1e}" if row.passed else f"[red]{row.error:.1e} > {row.tolerance:.1e}[/]",
+        needs,
     ]
+
+
+def _rates(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
+    """The case's work by the time it took; nothing for a yardstick whose work is another."""
+    if row.timing is None or row.other_work:
+        return [""] * 4
+    case, taken = result.case, row.timing.median
+    return [
+        f"{case.flops / taken / 1e9:.1f}",
+        f"{limits.compute_share(case.flops, taken):.0%}",
+        f"{case.bytes / taken / 1e9:.1f}",
+        f"{limits.read_share(case.bytes, taken):.0%}",
+    ]
+
+
+def _mark(passed: bool | None) -> str:
+    return {True: "[green]pass[/]", False: "[red]MISS[/]", None: "[dim]-[/]"}[passed]
+
+
+def _show_needs(results: Sequence[measuring.CaseResult]) -> None:
+    """What lies behind each pass and MISS."""
+    made = table("What cases need", "case", "backend", "at least", "measured", "", numbers=("measured",))
+    for result in results:
+        for row in result.rows:
+            for verdict in result.verdicts(row):
+                measured = row.not_run or _ratio(verdict)
+                cells = (result.case.name, row.candidate, str(verdict.requirement), measured)
+                made.add_row(*map(escape, cells), _mark(verdict.passed))
+    if made.row_count:
+        out().print(made)
+
+
+def _ratio(verdict: measuring.Verdict) -> str:
+    return "not measured" if verdict.measured is None else f"{verdict.measured:.2f}x"
+
+
+def _show_memory(grown: Sequence[growing.Growth]) -> None:
+    if not grown:
+        return
+    lengths = list(dict.fromkeys(length for growth in grown for length in growth.peaks))
+    numbers = [*(f"L={length}" for length in lengths), "exponent"]
+    title = "Peak memory beyond the inputs, output included"
+    made = table(title, "case", "backend", *numbers, "needs", numbers=numbers)
+    for growth in grown:
+        if growth.exponent is None:
+            reason = growth.not_run or "no growth that the system's counter shows"
+            made.add_row(escape(growth.case.name), escape(f"{growth.backend}: {reason}"))
+            continue
+        peaks = [f"{growth.peaks[n] / 2**20:.1f} MiB" if n in growth.peaks else "" for n in lengths]
+        needs = f"linear, at most {growing.LINEAR}: {_mark(growth.passed)}" + (
+            f"; {escape(growth.not_run)}" if growth.not_run else ""
+        )
+        made.add_row(
+            escape(growth.case.name), escape(growth.backend), *peaks, f"{growth.exponent:.2f}", needs
+        )
+    out().print(made)
 
 
 def _show_overheads(results: Sequence[overhead.Overhead]) -> None:

@@ -1,0 +1,109 @@
+"""The attention calls that ``torchhal bench attention`` times, and how they are chosen by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from torchhal.bench.backward import Backward
+from torchhal.bench.candidates import FLEX, SDPA, SDPA_DENSE, SDPA_PADDED
+from torchhal.bench.cases import Case, Requirement
+from torchhal.bench.dense import AlibiSoftCap, Dense, Window
+from torchhal.bench.first_call import FirstCall
+from torchhal.bench.layouts import Documents, PagedDecode
+from torchhal.errors import InvalidProblem
+
+_TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_SHORT: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_F32_BF16: Final = (torch.float32, torch.bfloat16)
+
+
+def _each_type(case: Case, types: Iterable[torch.dtype] = _TYPES) -> list[Case]:
+    return [replace(case, name=f"{case.name}-{_SHORT[t]}", dtype=t) for t in types]
+
+
+def _gqa(batch: int, keys: int, name: str) -> Dense:
+    return Dense(name, batch=batch, heads=32, kv_heads=8, length=1, keys=keys, head_size=128)
+
+
+def _paged(batch: int, keys: int) -> PagedDecode:
+    needed = (Requirement("own dense", 0.9),)
+    return PagedDecode(
+        f"paged-decode-b{batch}-s{keys}", batch=batch, heads=32, kv_heads=8, keys=keys, head_size=128,
+        requirements=needed,
+    )  # fmt: skip
+
+
+def _window(name: str, length: int, window: int) -> Window:
+    needed = (Requirement(SDPA_DENSE, 8.0),)
+    return Window(
+        name, heads=8, kv_heads=8, length=length, keys=length, window=window, requirements=needed
+    ).against_dense(1.4)  # fmt: skip
+
+
+def _alibi(size: int) -> AlibiSoftCap:
+    needed = (Requirement("own plain", 0.7), Requirement(FLEX, 2.0))
+    return AlibiSoftCap(f"alibi-softcap-2048-d{size}", head_size=size, requirements=needed)
+
+
+def _backward(dtype: torch.dtype, ratio: float) -> list[Case]:
+    case = Backward("backward-causal-2048-d64", causal=True, requirements=(Requirement(SDPA, ratio),))
+    return _each_type(case, (dtype,))
+
+
+ATTENTION: Final[tuple[Case, ...]] = (
+    *_each_type(Dense("causal-2048-d64", causal=True)),
+    *_each_type(Dense("causal-2048-d128", causal=True, head_size=128)),
+    *_each_type(Dense("causal-4096-d64", length=4096, keys=4096, causal=True)),
+    *_each_type(Dense("causal-4096-d128", length=4096, keys=4096, causal=True, head_size=128)),
+    *_each_type(Dense("full-2048-d64")),
+    *_each_type(_gqa(8, 2048, "decode-gqa-d128"), _F32_BF16),
+    *_each_type(_gqa(1, 8192, "decode-gqa-b1-s8192-d128"), (torch.bfloat16,)),
+    *_each_type(_gqa(32, 1024, "decode-gqa-b32-s1024-d128"), (torch.bfloat16,)),
+    *_each_type(_paged(8, 2048), _F32_BF16),
+    *_each_type(Dense("causal-8192-d64", heads=8, kv_heads=8, length=8192, keys=8192, causal=True), _F32_BF16),
+    *_each_type(Dense("window-mask-2048-d64", windowed=True), _F32_BF16),
+    *_each_type(_window("window-512-8192-d64", 8192, 512), _F32_BF16),
+    *_each_type(_alibi(128)),
+    *_each_type(Documents("documents-d64", requirements=(Requirement(SDPA_PADDED, 2.5),)), _F32_BF16),
+    *_backward(torch.float32, 1.1),
+    *_backward(torch.bfloat16, 1.6),
+    FirstCall("first-call-new-mod", heads=8, kv_heads=8, length=512, keys=512, requirements=(Requirement(FLEX, 100.0),)),
+    *_each_type(Dense("small-causal-64-d64", heads=8, kv_heads=8, length=64, keys=64, causal=True), _F32_BF16),
+    *_each_type(Dense("small-decode-128-d64", heads=9, kv_heads=3, length=1, keys=128), _F32_BF16),
+)  # fmt: skip
+"""Prefill and decoding as models do them, at lengths where kernels differ; masks, functions, layouts and gradients;
+and calls so small that overhead decides."""
+
+MEMORY: Final[tuple[Case, ...]] = (
+    Dense("causal", heads=8, kv_heads=8, causal=True),
+    Window("window-512", heads=8, kv_heads=8, window=512),
+    AlibiSoftCap("alibi-softcap", heads=8, kv_heads=8),
+)
+"""What ``--memory`` measures at several lengths."""
+
+
+def chosen(patterns: str | None) -> list[Case]:
+    """The cases whose names match one of some patterns, separated by commas; all without patterns.
+
+    Raises:
+        InvalidProblem: a pattern matches nothing.
+    """
+    if patterns is None:
+        return list(ATTENTION)
+    found: dict[str, Case] = {}
+    for pattern in (p.strip() for p in patterns.split(",")):
+        matching = {
+            c.name: c for c in ATTENTION if fnmatch.fnmatchcase(c.name, pattern) or c.name.startswith(pattern)
+        }
+        if not matching or not pattern:
+            known = ", ".join(c.name for c in ATTENTION)
+            raise InvalidProblem(
+                f"no attention case is called {pattern!r}; cases are {known}, and * stands for any letters"
+            )
+        found.update(matching)
+    return list(found.values())
