@@ -26,15 +26,19 @@ from torchhal.selection import Route, explain, routes
 
 if TYPE_CHECKING:
     from torchhal import deploy
+    from torchhal.block_masks import create_block_mask
     from torchhal.cache import cache_store, load_cache, save_cache
     from torchhal.foreach import foreach_map
     from torchhal.installation import install
     from torchhal.inventory import backends
     from torchhal.mode import enable
+    from torchhal.paged_cache import PagedKVCache
 
 _WHEN_ASKED_FOR: Final = {
+    "PagedKVCache": "torchhal.paged_cache",
     "backends": "torchhal.inventory",
     "cache_store": "torchhal.cache",
+    "create_block_mask": "torchhal.block_masks",
     "deploy": "",
     "enable": "torchhal.mode",
     "foreach_map": "torchhal.foreach",
@@ -63,6 +67,7 @@ __all__ = [
     "BackendInfo",
     "Capabilities",
     "Decline",
+    "PagedKVCache",
     "Plan",
     "Problem",
     "Route",
@@ -70,6 +75,7 @@ __all__ = [
     "backends",
     "cache_store",
     "context_parallel",
+    "create_block_mask",
     "deploy",
     "enable",
     "errors",

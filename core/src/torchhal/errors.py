@@ -49,6 +49,20 @@ class Unsupported(TorchhalError, RuntimeError):
         self.route = route
 
 
+class PagedCacheFull(TorchhalError, RuntimeError):
+    """A PagedKVCache has no room for what a call brings; nothing of it was written, and the cache is as it was.
+
+    Attributes:
+        needed: how many more pages the call needs, of the pool or for one sequence.
+        free: how many it could have had.
+    """
+
+    def __init__(self, message: str, needed: int, free: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.free = free
+
+
 class CacheIntegrityError(TorchhalError, RuntimeError):
     """A stored cache is truncated, altered, or was made for another environment; nothing of it was loaded."""
 

@@ -1,0 +1,58 @@
+"""Short ways to make, fill and read a PagedKVCache, for its tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attention_calls import NAN, normal
+from torch import Tensor
+
+import torchhal
+
+HEADS, E, EV = 2, 8, 4
+
+
+def cache(pages: int = 8, page_size: int = 4, **options: Any) -> torchhal.PagedKVCache:
+    """A cache whose slots hold NaN until they are written."""
+    made = torchhal.PagedKVCache(pages, page_size, HEADS, E, EV, **options)
+    made.key_pages.fill_(NAN)
+    made.value_pages.fill_(NAN)
+    return made
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values of ``length`` tokens for each of ``batch`` sequences."""
+    keys = normal(batch, HEADS, length, E, dtype=torch.float32, seed=2 * seed)
+    return keys, normal(batch, HEADS, length, EV, dtype=torch.float32, seed=2 * seed + 1)
+
+
+def packed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of shape (1, Hkv, L, E) one after the other, as (T, Hkv, E), and their cumulative lengths."""
+    counts = torch.tensor([0] + [k.shape[2] for k, _ in parts])
+    keys, values = (torch.cat([p[i][0].transpose(0, 1) for p in parts]) for i in (0, 1))
+    return keys, values, counts.cumsum(0).to(torch.int32)
+
+
+def contents(held: torchhal.PagedKVCache, sequence: int) -> tuple[Tensor, Tensor]:
+    """Keys (1, Hkv, S, E) and values of a sequence, read page by page through its page table."""
+    pages, length = pages_of(held, sequence), int(held.seq_lens([sequence]))
+    keys, values = (
+        torch.cat([pool[:0].transpose(0, 1).flatten(1, 2), *(pool[page] for page in pages)], dim=1)[
+            None, :, :length
+        ]
+        for pool in (held.key_pages, held.value_pages)
+    )
+    return keys, values
+
+
+def pages_of(held: torchhal.PagedKVCache, sequence: int) -> list[int]:
+    """The pages that a sequence holds, in order."""
+    length = int(held.seq_lens([sequence]))
+    return held.page_table([sequence])[0, : -(-length // held.page_size)].tolist()  # type: ignore[no-any-return]
+
+
+def state(held: torchhal.PagedKVCache) -> Any:
+    """All that can be seen of a cache, to be compared before and after a call that fails."""
+    seen = [(s, pages_of(held, s), [t.tolist() for t in contents(held, s)]) for s in held.sequences]
+    return held.free_pages, held.used_pages, seen
