@@ -101,6 +101,8 @@ def nearest(reports: Iterable[Report], checks: Sequence[str] = ()) -> dict[Key, 
             ratio = result["ratio"]
             if ratio is None or result["kind"] != "corpus" or (checks and result["check"] not in checks):
                 continue
+            if not result["dtypes"] and ratio == 0:  # empty lists, of which nothing was compared
+                continue
             for dtype in result["dtypes"] or [UNTYPED]:
                 key = (result["check"], dtype)
                 if key not in found or ratio > found[key].ratio:

@@ -23,16 +23,8 @@ from torchhal.reference import plugin as reference
 
 NAME: Final = "mutant"
 FILES: Final = (
-    "attention",
-    "hidden",
-    "contract",
-    "others",
-    "services",
-    "promises",
-    "far",
-    "dropped",
-    "stores",
-)
+    "attention", "hidden", "contract", "others", "services", "promises", "far", "dropped", "stores", "numeric",
+)  # fmt: skip
 
 Run = Callable[..., Any]
 Change = Callable[[Run, Any], Run]

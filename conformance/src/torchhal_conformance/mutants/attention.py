@@ -264,7 +264,12 @@ MUTANTS: Final = (
     _m("noisy_head", "one head is off by a thousandth", NUMBERS, outputs(_noisy_head)),
     _m("unstable_softmax", "no maximum is subtracted before exp", NUMBERS, _unstable),
     _m("lse_without_maximum", "the LSE lacks the maximum", NUMBERS, outputs(_lse_without_maximum)),
-    _m("lse_in_bits", "the LSE is a logarithm to base 2", NUMBERS, outputs(_lse_in_bits)),
+    _m(
+        "lse_in_bits",
+        "the LSE is a logarithm to base 2",
+        (*NUMBERS, "attention.merge"),
+        outputs(_lse_in_bits),
+    ),
     _m("lse_narrow", "the LSE is bfloat16", NUMBERS, outputs(_lse_narrow)),
     _m("causal_off_by_one", "the causal limit hides the diagonal", NUMBERS, _causal(lambda rows, keys: -1)),
     _m(
