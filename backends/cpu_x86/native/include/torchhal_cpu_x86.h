@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define THAL_INTERFACE_VERSION 2
+#define THAL_INTERFACE_VERSION 3
 
 enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
 
@@ -125,6 +125,39 @@ typedef struct thal_attention {
   thal_parallel parallel; /* may be null when num_threads == 1 */
   void* parallel_user;
 } thal_attention;
+
+/* What the gradient of a score_mod adds to the gradient of a tensor it captures, for every pair of query and key. */
+typedef struct thal_contribution {
+  int32_t captured; /* which of the score_mod's */
+  int32_t index;    /* first of the results that are the indices, one for each dimension */
+  int32_t value;    /* result that is added there */
+  int32_t reserved;
+  int64_t offset;   /* where the tensor's gradient begins in `sums`, contiguous */
+} thal_contribution;
+
+/* Gradients of a dense or packed call, of which `out` and `lse` are given now: they are the forward pass's. A tensor
+ * shaped like one of the call has strides of its own, of which the first is not used for packed sequences. */
+typedef struct thal_gradients {
+  uint32_t struct_size; /* sizeof(thal_gradients) */
+  int32_t contribution_count;
+  const void* grad_out;  /* of the call's dtype, as grad_q, grad_k and grad_v are */
+  const float* grad_lse; /* null: none */
+  void *grad_q, *grad_k, *grad_v;
+  int64_t grad_out_stride[4], grad_lse_stride[3], grad_q_stride[4], grad_k_stride[4], grad_v_stride[4];
+  /* The gradient of the score_mod: its inputs and the gradient of its result, to the gradient of the score and the
+   * results that contributions name. It reads the score_mod's captured tensors. */
+  const int64_t* words;
+  int64_t word_count;
+  const thal_contribution* contributions;
+  double* sums; /* gradients of captured tensors and of the mask */
+  int64_t sum_count;
+  int64_t mask_sum; /* where the gradient of an additive mask begins in `sums`, or -1 */
+  int64_t mask_sum_stride[4];
+} thal_gradients;
+
+/* As for thal_attention_run. Sums over pairs are made in a fixed order too. */
+THAL_API int64_t thal_gradients_workspace(const thal_attention* call, const thal_gradients* gradients);
+THAL_API int thal_gradients_run(const thal_attention* call, const thal_gradients* gradients);
 
 /* Bytes of workspace the call needs (a function of sizes, dtype, isa and num_threads, never of L * S), or -code. */
 THAL_API int64_t thal_attention_workspace(const thal_attention* call);

@@ -22,6 +22,19 @@ inline void emit_state(const Plan& p, const Item& it, int64_t i, float max, floa
   }
 }
 
+// w elements `stride` apart.
+template <class V, int DT>
+inline void store_columns(char* out, int64_t stride, typename V::F x, int w) {
+  constexpr int64_t size = size_of<DT>();
+  if (stride == 1) {
+    V::template store_part<DT>(out, x, w);
+    return;
+  }
+  alignas(64) char line[V::N * 4];
+  V::template store_part<DT>(line, x, w);
+  for (int j = 0; j < w; ++j) std::memcpy(out + j * stride * size, line + j * size, static_cast<size_t>(size));
+}
+
 // Columns [e, e + w) of row i. `x` is already normalised unless the tile's keys are split.
 template <class V, int DT>
 inline void emit_columns(const Plan& p, const Item& it, int64_t i, int64_t e, typename V::F x, int w) {
@@ -33,13 +46,7 @@ inline void emit_columns(const Plan& p, const Item& it, int64_t i, int64_t e, ty
   const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
   const auto* s = p.call.out_stride;
   char* out = static_cast<char*>(p.call.out) + (it.sequence.out + h * s[1] + l * s[2] + e * s[3]) * size;
-  if (s[3] == 1) {
-    V::template store_part<DT>(out, x, w);
-    return;
-  }
-  alignas(64) char line[V::N * 4];
-  V::template store_part<DT>(line, x, w);
-  for (int j = 0; j < w; ++j) std::memcpy(out + j * s[3] * size, line + j * size, static_cast<size_t>(size));
+  store_columns<V, DT>(out, s[3], x, w);
 }
 
 }  // namespace

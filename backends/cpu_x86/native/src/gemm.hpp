@@ -67,10 +67,9 @@ THAL_INLINE typename V::F multiply_add(typename V::F x, typename V::F panel, typ
   }
 }
 
-// acc[r * NQ + q] = sum over k < depth.
+// acc[r * NQ + q] += sum over k < depth.
 template <class V, bool PAIRS, int NR, int NQ, class A>
-THAL_INLINE void multiply(typename V::F (&acc)[NR * NQ], A a, const float* panel, int64_t depth) {
-  each<NR * NQ>([&](auto i) { acc[i] = V::zero(); });
+THAL_INLINE void multiply_into(typename V::F (&acc)[NR * NQ], A a, const float* panel, int64_t depth) {
   for (int64_t k = 0; k < depth; ++k, panel += NQ * V::N) {
     typename V::F b[NQ];
     each<NQ>([&](auto q) { b[q] = V::load(panel + q * V::N); });
@@ -82,6 +81,12 @@ THAL_INLINE void multiply(typename V::F (&acc)[NR * NQ], A a, const float* panel
     });
     a.next();
   }
+}
+
+template <class V, bool PAIRS, int NR, int NQ, class A>
+THAL_INLINE void multiply(typename V::F (&acc)[NR * NQ], A a, const float* panel, int64_t depth) {
+  each<NR * NQ>([&](auto i) { acc[i] = V::zero(); });
+  multiply_into<V, PAIRS, NR, NQ>(acc, a, panel, depth);
 }
 
 // Scores of NR keys: c[r] = a[r] . panel, and the running maximum of each lane.

@@ -10,4 +10,5 @@ const thal::Isa thal::kAvx512Bf16 = {
     {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>},
     fma_flops<Vec512>,
     run_program,
+    {}, {},  // gradients keep 16-bit types widened, see gradient_isa
 };

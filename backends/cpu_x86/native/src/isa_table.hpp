@@ -4,6 +4,7 @@
 
 #include "attention_rows.hpp"
 #include "attention_tile.hpp"
+#include "gradient_tile.hpp"
 #include "machine.hpp"
 
 namespace {

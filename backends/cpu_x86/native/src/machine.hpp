@@ -187,6 +187,7 @@ inline void run_program(const Program& program, const Frame& f) {
     } else {
       store_result<int32_t>(result, f, rows, first);
     }
+    if (f.sink) f.sink(f.sink_context, f, first, rows);
   }
 }
 

@@ -141,14 +141,14 @@ inline typename V::F query_words(const char* row, int64_t k, int64_t columns, fl
   }
 }
 
-// One panel of packed query: words[k * NQ * N + lane] is row (row0 + lane), float32 column k or bf16 columns 2k, 2k + 1.
-// Rows past the end are zero.
+// One panel of rows that are queries, or belong to one: words[k * NQ * N + lane] is row (row0 + lane), float32 column k
+// or bf16 columns 2k, 2k + 1. Rows past the end are zero. `first` is where the sequence begins, in elements.
 template <class V, int DT, bool PAIRS, int NQ>
-void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char* buffer) {
+void pack_panel(const Plan& p, const Item& it, const Plan::Panel& source, int64_t first, int64_t row0, float* panel,
+                char* buffer) {
   constexpr int64_t size = size_of<DT>();
-  const auto& c = p.call;
-  const int64_t words = PAIRS ? (c.E + 1) / 2 : c.E;
-  const char* base = static_cast<const char*>(c.q) + it.sequence.q * size;
+  const int64_t columns = source.columns, words = PAIRS ? (columns + 1) / 2 : columns;
+  const char* base = static_cast<const char*>(source.data) + first * size;
   for (int half = 0; half < NQ; ++half) {
     const char* rows[V::N];
     for (int i = 0; i < V::N; ++i) {
@@ -156,17 +156,24 @@ void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char*
       rows[i] = nullptr;
       if (r >= it.row0 + it.rows) continue;
       const int64_t l = r / p.group, h = it.kv_head * p.group + r % p.group;
-      const char* row = base + (h * c.q_stride[1] + l * c.q_stride[2]) * size;
-      rows[i] = contiguous_row<size>(row, c.q_stride[3], c.E, buffer + i * (c.E + 1) * size);
+      const char* row = base + (h * source.stride[1] + l * source.stride[2]) * size;
+      rows[i] = contiguous_row<size>(row, source.stride[3], columns, buffer + i * (columns + 1) * size);
     }
     for (int64_t k = 0; k < words; k += V::N) {
       typename V::F t[V::N];
-      for (int i = 0; i < V::N; ++i) t[i] = rows[i] ? query_words<V, DT, PAIRS>(rows[i], k, c.E, p.query_factor) : V::zero();
+      for (int i = 0; i < V::N; ++i)
+        t[i] = rows[i] ? query_words<V, DT, PAIRS>(rows[i], k, columns, source.factor) : V::zero();
       V::transpose(t);
       const int w = static_cast<int>(smaller(V::N, words - k));
       for (int i = 0; i < w; ++i) V::store(panel + ((k + i) * NQ + half) * V::N, t[i]);
     }
   }
+}
+
+template <class V, int DT, bool PAIRS, int NQ>
+void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char* buffer) {
+  const Plan::Panel query{p.call.q, p.call.q_stride, p.call.E, p.query_factor};
+  pack_panel<V, DT, PAIRS, NQ>(p, it, query, it.sequence.q, row0, panel, buffer);
 }
 
 }  // namespace

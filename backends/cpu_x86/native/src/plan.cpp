@@ -72,39 +72,35 @@ void set_tiles(Plan& p) {
   const thal_attention& c = p.call;
   p.lanes = p.isa->lanes;
   // Up to half a vector of rows, filling lanes with rows would waste more than sums along the head dimension cost.
-  p.row_kernel = p.most_rows <= p.lanes / 2;
+  p.row_kernel = p.most_rows <= p.lanes / 2 && !p.whole_rows;
   p.panel = p.most_rows <= p.lanes ? p.lanes : 2 * p.lanes;
   // The machine for captured functions, and the generator of dropout, work on 16 lanes.
   if (p.needs_indices() || p.asks()) p.panel = std::max(p.panel, kLanes);
   // 128 rows share each pass over keys and values; query and sums of 128 rows fill half an L2 at E = Ev = 192.
   const int64_t most = c.E + c.Ev > 384 ? 64 : 128;
-  p.tile_rows = p.row_kernel ? std::max<int64_t>(p.most_rows, 1) : std::min(most, ceil_div(p.most_rows, p.panel) * p.panel);
+  p.tile_rows = p.row_kernel ? std::max<int64_t>(p.most_rows, 1) : std::min(most, std::max<int64_t>(1, ceil_div(p.most_rows, p.panel)) * p.panel);
   int64_t parts = 0;
   for (int64_t i = 0; i < p.sequence_count(); ++i)
     parts += (c.ragged ? 1 : c.B) * c.Hkv * ceil_div(p.sequences()[i].L * p.group, p.tile_rows);
   // About 64 items keep many cores busy; a range below 512 keys would not pay for merging.
-  const int64_t wanted = parts > 0 ? std::min(ceil_div(64, parts), std::max<int64_t>(1, p.most_keys / 512)) : 1;
+  const int64_t wanted = parts > 0 && !p.whole_rows ? std::min(ceil_div(64, parts), std::max<int64_t>(1, p.most_keys / 512)) : 1;
   const int64_t block = p.row_kernel ? kRowKeyBlock : kKeyBlock;
   p.split_keys = std::max<int64_t>(ceil_div(ceil_div(p.most_keys, wanted), block) * block, 1);
 }
 
 void set_scratch(Plan& p) {
   const thal_attention& c = p.call;
-  int64_t at = 0;
-  const auto take = [&at](int64_t bytes) {
-    const int64_t here = at;
-    at += ceil_div(bytes, 64) * 64;
-    return here;
-  };
+  Scratch layout;
+  const auto take = [&layout](int64_t bytes) { return layout.take(bytes); };
   const int64_t width = ceil_div(c.E, p.lanes) * p.lanes, value_width = ceil_div(c.Ev, p.lanes) * p.lanes;
   const int64_t block = p.row_kernel ? kRowKeyBlock : kKeyBlock;
   const int64_t rows = p.row_kernel ? p.tile_rows : ceil_div(p.tile_rows, p.panel) * p.panel;
   const int64_t lanes = p.row_kernel ? 2 * p.tile_rows : p.panel;
   p.at_q = take(rows * width * 4);
-  p.at_o = take(rows * value_width * 4);
+  p.at_o = take(rows * (p.whole_rows ? width : value_width) * 4);
   p.at_k = take(block * width * 4);
   p.at_v = take(block * value_width * 4);
-  p.at_clean = take(p.row_kernel ? 0 : block * value_width * 4);
+  p.at_clean = take(p.row_kernel || p.whole_rows ? 0 : block * value_width * 4);
   p.at_scores = take(block * lanes * 4);
   p.at_bias = take(p.row_kernel ? 0 : block * lanes * 4);
   p.at_max = take(rows * 4);
@@ -122,7 +118,7 @@ void set_scratch(Plan& p) {
   const int64_t size = c.dtype == THAL_F32 ? 4 : 2;
   p.at_stage_k = take(staged ? block * c.E * size : 0);
   p.at_stage_v = take(staged ? block * c.Ev * size : 0);
-  p.scratch_bytes = at;
+  p.scratch_bytes = layout.at;
 }
 
 }  // namespace

@@ -13,18 +13,40 @@ constexpr int64_t kKeyBlock = 120;
 // Keys per block of the row (decode) kernel: whole vectors of scores, K and V stream through L1 once.
 constexpr int64_t kRowKeyBlock = 64;
 
+// Panels of the largest tile: 128 rows, or 64 of a wide head, in panels of 8 rows or more.
+constexpr int64_t kPanelsMost = 16;
+
 struct Isa;
+
+// Hands out parts of a piece of memory, each aligned to a cache line.
+struct Scratch {
+  int64_t at = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t here = at;
+    at += (bytes + 63) / 64 * 64;
+    return here;
+  }
+};
 
 // One sequence of a call: its lengths, where its tensors begin, and its share of the items.
 struct Sequence {
   int64_t b, L, S;
   int64_t first;                  // position of query row 0: what a score_mod is told, and what is_causal compares
   int64_t q, k, v, out, lse, mask;  // elements from the tensors' beginnings
+  int64_t first_q, first_k;         // of packed sequences: the first tokens
   int64_t tiles, splits;            // items for each kv head: tiles * splits
   int64_t item0, part0, partial0;   // numbers of its first item, first part (all splits of a tile) and first partial
 };
 
 struct Plan {
+  // Rows of a tile as columns of a panel: where they lie, and what they are multiplied by.
+  struct Panel {
+    const void* data;
+    const int64_t* stride;
+    int64_t columns;
+    float factor;
+  };
+
   thal_attention call;
   const Isa* isa;
   int64_t group;       // query heads per key/value head
@@ -35,6 +57,7 @@ struct Plan {
   int64_t tile_rows;   // query rows per item
   int64_t split_keys;  // keys per item, where a tile's keys are split; depends on sizes only
   int64_t items, parts;
+  bool whole_rows = false;  // set before planning: tiles alone, each with all its keys, as gradients need them
   bool row_kernel;     // few query rows: vectors run along the head dimension
   float query_factor;  // multiplied into the query: the sign of the scale, or the scale itself where it is 0 or not finite
   float exp_factor;    // weight = 2^((x - max) * exp_factor) for a score x as kept in the tile
@@ -71,6 +94,9 @@ struct Item {
   float* partial;  // null unless the tile's keys are split
 };
 
+struct GradientPlan;
+struct GradientItem;
+
 struct Isa {
   int lanes;
   bool bf16_dot;
@@ -78,6 +104,8 @@ struct Isa {
   void (*run_rows[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
   void (*run_program)(const Program&, const Frame&);
+  void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);
+  void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const float* sums);
 };
 
 extern const Isa kAvx2;
@@ -88,8 +116,15 @@ const Isa* find_isa(int32_t isa);  // null when unsupported here
 int64_t make_plan(const thal_attention& call, Plan& plan);  // workspace bytes, or -code; may throw std::bad_alloc
 int make_sequences(Plan& plan);                             // lengths and offsets of each sequence
 void number_items(Plan& plan);                              // once tiles and splits are known
+Sequence sequence_of(const thal_attention& call, int64_t b);  // of a dense call
+// The last sequence whose number `first` is at most `index`, and has items.
+const Sequence& sequence_at(const Plan& plan, int64_t index, int64_t Sequence::*first);
 Item item_at(const Plan& plan, int64_t index);
 Item part_at(const Plan& plan, int64_t part);  // the first split of a tile
 int run_plan(Plan& plan, void* workspace);     // of as many bytes as make_plan said
+double work_of(const Plan& plan);              // multiply-adds if every query saw every key
+
+// Below this many multiply-adds (about 10 us on one core) waking other threads costs more than it brings.
+constexpr double kSerialWork = 5e5;
 
 }  // namespace thal

@@ -126,6 +126,9 @@ struct Frame {
   char* memory;  // Program::bytes, aligned to 64
   void* out;     // rows of kLanes elements of the wanted type's width
   int64_t out_stride;
+  // Called after each chunk of rows, whose results are in memory then; may be null.
+  void (*sink)(void* context, const Frame& frame, int64_t first, int64_t rows);
+  void* sink_context;
 };
 
 constexpr int64_t kInputsMost = 8;

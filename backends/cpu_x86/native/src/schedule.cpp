@@ -1,32 +1,19 @@
-// Runs a planned call: items are handed out by an atomic counter, then the partial results of split calls are merged.
-// Which thread runs an item never changes what the item computes, and partial results are merged in a fixed order.
+// Runs a planned call: its items, then the partial results of split calls are merged, in a fixed order.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
 
 #include "plan.hpp"
+#include "tasks.hpp"
 
 namespace thal {
 namespace {
 
-// Below this many multiply-adds (about 10 us on one core) waking other threads costs more than it brings.
-constexpr double kSerialWork = 5e5;
-
-struct Run {
-  const Plan& plan;
-  const Isa& isa;
-  std::atomic<int64_t> next;
-  int64_t count;
-  void (*step)(Run&, int64_t i, char* scratch);
-};
-
-void run_item(Run& run, int64_t i, char* scratch) {
-  const Item it = item_at(run.plan, i);
-  const auto* table = run.plan.row_kernel ? run.isa.run_rows : run.isa.run_tile;
-  table[run.plan.call.dtype](run.plan, it, scratch);
+void run_item(const Plan& p, int64_t i, char* scratch) {
+  const auto* table = p.row_kernel ? p.isa->run_rows : p.isa->run_tile;
+  table[p.call.dtype](p, item_at(p, i), scratch);
 }
 
 uint16_t to_bf16(float x) {
@@ -87,25 +74,10 @@ void merge_row(const Plan& p, int64_t i, const Item& it, float* sums) {
         total == 0.0f ? -inf : safe * p.lse_factor + std::log(total);
 }
 
-void merge_part(Run& run, int64_t part, char* scratch) {
-  const Item it = part_at(run.plan, part);
+void merge_part(const Plan& p, int64_t part, char* scratch) {
+  const Item it = part_at(p, part);
   if (!it.partial) return;
-  for (int64_t i = 0; i < it.rows; ++i) merge_row(run.plan, i, it, reinterpret_cast<float*>(scratch));
-}
-
-void work(int64_t worker, void* ctx) {
-  Run& run = *static_cast<Run*>(ctx);
-  char* scratch = run.plan.scratch + worker * run.plan.scratch_bytes;
-  for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.count;) run.step(run, i, scratch);
-}
-
-int run_all(const Plan& p, const Isa& isa, int64_t count, int64_t workers, void (*step)(Run&, int64_t, char*)) {
-  Run run{p, isa, {0}, count, step};
-  if (workers <= 1) {
-    work(0, &run);
-    return THAL_OK;
-  }
-  return p.call.parallel(workers, work, &run, p.call.parallel_user) ? THAL_PARALLEL_FAILED : THAL_OK;
+  for (int64_t i = 0; i < it.rows; ++i) merge_row(p, i, it, reinterpret_cast<float*>(scratch));
 }
 
 bool pointers_missing(const Plan& p) {
@@ -115,11 +87,8 @@ bool pointers_missing(const Plan& p) {
 }
 
 }  // namespace
-}  // namespace thal
 
-namespace {
-
-double work_of(const thal::Plan& p) {
+double work_of(const Plan& p) {
   double pairs = 0;
   for (int64_t i = 0; i < p.sequence_count(); ++i)
     pairs += static_cast<double>(p.sequences()[i].L) * static_cast<double>(p.sequences()[i].S);
@@ -127,20 +96,19 @@ double work_of(const thal::Plan& p) {
   return pairs * static_cast<double>(heads) * static_cast<double>(p.call.E + p.call.Ev);
 }
 
-}  // namespace
-
-namespace thal {
-
 int run_plan(Plan& plan, void* workspace) {
   if (plan.items == 0) return THAL_OK;
   if (pointers_missing(plan)) return THAL_BAD_POINTER;
   if (!workspace) return THAL_BAD_WORKSPACE;
   const int64_t reserved = std::max<int64_t>(1, std::min<int64_t>(plan.call.num_threads, plan.items));
   const int64_t workers = work_of(plan) < kSerialWork ? 1 : reserved;
-  plan.scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t{63});
+  plan.scratch = aligned(workspace);
   plan.partials = reinterpret_cast<float*>(plan.scratch + reserved * plan.scratch_bytes);
-  if (const int code = run_all(plan, *plan.isa, plan.items, workers, run_item)) return code;
-  return plan.partial_count ? run_all(plan, *plan.isa, plan.parts, workers, merge_part) : THAL_OK;
+  const auto scratch = [&plan](int64_t worker) { return plan.scratch + worker * plan.scratch_bytes; };
+  const auto attend = [&](int64_t i, int64_t worker) { run_item(plan, i, scratch(worker)); };
+  if (const int code = run_tasks(plan.call, plan.items, workers, attend)) return code;
+  if (!plan.partial_count) return THAL_OK;
+  return run_tasks(plan.call, plan.parts, workers, [&](int64_t i, int64_t worker) { merge_part(plan, i, scratch(worker)); });
 }
 
 }  // namespace thal

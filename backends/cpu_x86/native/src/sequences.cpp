@@ -8,14 +8,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Sequence sequence_of(const thal_attention& c, int64_t b) {
-  Sequence s{};
-  s.b = b, s.L = c.L, s.S = c.S;
-  s.q = b * c.q_stride[0], s.k = b * c.k_stride[0], s.v = b * c.v_stride[0];
-  s.out = b * c.out_stride[0], s.lse = b * c.lse_stride[0], s.mask = b * c.mask_stride[0];
-  return s;
-}
-
 bool good_starts(const int32_t* starts, int64_t batch, int64_t tokens) {
   if (!starts || starts[0] != 0 || starts[batch] != tokens) return false;
   for (int64_t b = 0; b < batch; ++b)
@@ -33,6 +25,7 @@ int packed_sequences(Plan& p) {
     s.L = r.starts_q[b + 1] - q, s.S = r.starts_k[b + 1] - k;
     s.q = q * c.q_stride[2], s.out = q * c.out_stride[2], s.lse = q * c.lse_stride[2];
     s.k = k * c.k_stride[2], s.v = k * c.v_stride[2];
+    s.first_q = q, s.first_k = k;
     p.ragged.push_back(s);
   }
   return THAL_OK;
@@ -67,6 +60,21 @@ bool blocks_cover(const Plan& p) {
 }
 
 }  // namespace
+
+Sequence sequence_of(const thal_attention& c, int64_t b) {
+  Sequence s{};
+  s.b = b, s.L = c.L, s.S = c.S;
+  s.q = b * c.q_stride[0], s.k = b * c.k_stride[0], s.v = b * c.v_stride[0];
+  s.out = b * c.out_stride[0], s.lse = b * c.lse_stride[0], s.mask = b * c.mask_stride[0];
+  return s;
+}
+
+const Sequence& sequence_at(const Plan& p, int64_t index, int64_t Sequence::*first) {
+  const Sequence* begin = p.sequences();
+  const auto after = std::upper_bound(begin, begin + p.sequence_count(), index,
+                                      [&](int64_t i, const Sequence& s) { return i < s.*first; });
+  return *(after - 1);
+}
 
 int make_sequences(Plan& p) {
   const thal_attention& c = p.call;
@@ -128,23 +136,15 @@ Item item_of(const Plan& p, const Sequence& s, int64_t index) {
   return it;
 }
 
-// The last sequence whose number `first` is at most `index`, and has items.
-const Sequence& find(const Plan& p, int64_t index, int64_t Sequence::*first) {
-  const Sequence* begin = p.sequences();
-  const auto after = std::upper_bound(begin, begin + p.sequence_count(), index,
-                                      [&](int64_t i, const Sequence& s) { return i < s.*first; });
-  return *(after - 1);
-}
-
 }  // namespace
 
 Item item_at(const Plan& p, int64_t index) {
-  const Sequence& s = find(p, index, &Sequence::item0);
+  const Sequence& s = sequence_at(p, index, &Sequence::item0);
   return item_of(p, s, index - s.item0);
 }
 
 Item part_at(const Plan& p, int64_t part) {
-  const Sequence& s = find(p, part, &Sequence::part0);
+  const Sequence& s = sequence_at(p, part, &Sequence::part0);
   return item_of(p, s, (part - s.part0) * s.splits);
 }
 

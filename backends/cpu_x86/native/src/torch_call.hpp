@@ -56,7 +56,7 @@ class TorchCall {
  protected:
   uint64_t* stack_;
   std::string name_;
-  Tensor results_[2] = {nullptr, nullptr};
+  Tensor results_[4] = {};
   char message_[512] = "";
 
   TorchCall(uint64_t* stack, std::string name) : stack_(stack), name_(std::move(name)) {}
@@ -135,7 +135,7 @@ class TorchCall {
 
   bool make(int i, int64_t dim, const int64_t* size, const int64_t* stride, int32_t dtype, void** data) {
     if (torch.empty(dim, size, stride, dtype, torch.cpu(), 0, &results_[i]) || torch.data(results_[i], data))
-      return fail("no memory for the %s", i ? "log-sum-exp" : "output");
+      return fail("no memory for result %d", i);
     return true;
   }
 
@@ -146,12 +146,18 @@ class TorchCall {
     c.parallel = thal_torch_parallel;
   }
 
-  bool run(Plan& plan, int64_t bytes) {
+  // f(memory) with a workspace; gives the code of what it ran.
+  template <class F>
+  bool in_workspace(int64_t bytes, F f) {
     void* memory = workspace.get(bytes);
     if (!memory) return fail("no memory for a workspace of %lld bytes", static_cast<long long>(bytes));
-    const int code = run_plan(plan, memory);
+    const int code = f(memory);
     workspace.trim();
     return code == THAL_OK || fail("%s", thal_error_text(code));
+  }
+
+  bool run(Plan& plan, int64_t bytes) {
+    return in_workspace(bytes, [&plan](void* memory) { return run_plan(plan, memory); });
   }
 };
 

@@ -158,7 +158,18 @@ const Operator kOperators[] = {
      "flex_attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale)"
      " -> (Tensor, Tensor)",
      thal::flex_attention_kernel},
+    {"differentiable_attention",
+     "differentiable_attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale,"
+     " str gradient) -> (Tensor, Tensor)",
+     thal::differentiable_attention_kernel},
+    {"attention_backward",
+     "attention_backward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale,"
+     " str gradient, Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+     thal::attention_backward_kernel},
 };
+
+// The one whose derivatives the Python side registers.
+constexpr const char* kDifferentiable = "differentiable_attention";
 
 // Without a kernel for autograd, torch would compute and lose the derivatives: a warning in backward, zero tangents in
 // forward mode. Where this build does not find torch's refusing kernel, the Python side registers a slower one.
@@ -167,6 +178,7 @@ bool refuse_gradients() {
   if (!torch.refuse_gradients || !torch.implement_function) return false;
   if (torch.new_impl("torchhal_cpu_x86", "Autograd", __FILE__, __LINE__, &kernels)) return false;
   for (const Operator& op : kOperators) {
+    if (!std::strcmp(op.name, kDifferentiable)) continue;
     alignas(64) char function[4096] = {};  // a CppFunction, which is about 200 bytes
     torch.refuse_gradients(function);
     torch.implement_function(kernels, op.name, function, 0);

@@ -71,7 +71,9 @@ extern TorchShim torch;
 // them hangs in its first parallel region, in torch's own kernels too. So a forked child computes on its one thread.
 bool is_forked();
 
-// The boxed kernel of flex_attention.
+// The boxed kernels of flex_attention, differentiable_attention and attention_backward.
 void flex_attention_kernel(uint64_t* stack, uint64_t, uint64_t);
+void differentiable_attention_kernel(uint64_t* stack, uint64_t, uint64_t);
+void attention_backward_kernel(uint64_t* stack, uint64_t, uint64_t);
 
 }  // namespace thal

@@ -140,6 +140,8 @@ struct Vec256 {
   static F xor_bits(F a, F b) { return _mm256_xor_ps(a, b); }
   static bool any_bits(F a) { return !_mm256_testz_si256(_mm256_castps_si256(a), _mm256_castps_si256(a)); }
   static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+  // x where w is not 0, and 0 elsewhere.
+  static F where_nonzero(F w, F x) { return _mm256_and_ps(_mm256_cmp_ps(w, zero(), _CMP_NEQ_UQ), x); }
   static F inverse_or_zero(F sum) {
     return _mm256_and_ps(_mm256_cmp_ps(sum, zero(), _CMP_NEQ_UQ), div(set1(1.0f), sum));
   }

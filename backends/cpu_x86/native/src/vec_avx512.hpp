@@ -114,6 +114,8 @@ struct Vec512 {
   static F xor_bits(F a, F b) { return _mm512_xor_ps(a, b); }
   static bool any_bits(F a) { return _mm512_test_epi32_mask(_mm512_castps_si512(a), _mm512_castps_si512(a)) != 0; }
   static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+  // x where w is not 0, and 0 elsewhere.
+  static F where_nonzero(F w, F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, zero(), _CMP_NEQ_UQ), x); }
   // 1 / sum, and 0 for rows without a live key.
   static F inverse_or_zero(F sum) {
     return _mm512_mask_div_ps(zero(), _mm512_cmp_ps_mask(sum, zero(), _CMP_NEQ_UQ), set1(1.0f), sum);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchhal import Decline, Plan
 from torchhal.problems import AttentionProblem
-from torchhal_cpu_x86 import flex, hardware, native
+from torchhal_cpu_x86 import flex, gradients, hardware, native
 
 MASK_DTYPES = frozenset({torch.bool, *native.DTYPES})
 
@@ -25,6 +25,10 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
             "mask_dtype",
             f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
         )
+    if problem.layout == "paged" and gradients.are_wanted(problem):
+        return Decline(
+            "paged_gradient", "keys and values in pages have no gradients here: pages belong to inference"
+        )
     isa = native.load().get_isa(problem.query_dtype)
     needs_flex = flex.is_needed(problem)
     return Plan(
@@ -32,6 +36,7 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
         description=f"native, {isa}, tiled prefill and split-key decode"
         + (_functions(problem) if needs_flex else ""),
         deterministic=True,
+        differentiable=gradients.are_wanted(problem),
         traceable=True,
         workspace="O(L + S)" if problem.block_size is not None else "O(threads)",
     )

@@ -23,5 +23,8 @@ CAPABILITIES: Final = Capabilities(
         mask_mod=True,
         captured_tensors=True,
         dropout=True,
+        backward=True,
+        mask_gradient=True,
+        captured_gradient=True,
     ),
 )

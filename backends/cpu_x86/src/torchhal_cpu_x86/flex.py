@@ -17,7 +17,7 @@ from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Graph
 from torchhal.problems import AttentionProblem
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
-from torchhal_cpu_x86 import programs
+from torchhal_cpu_x86 import gradients, programs
 
 LAYOUTS: Final = {"dense": 0, "varlen": 1, "paged": 2}
 """As ``native/src/torch_flex.cpp`` numbers them."""
@@ -28,12 +28,13 @@ Run = Callable[..., Any]
 def is_needed(problem: AttentionProblem) -> bool:
     """Whether a problem is more than the plain operators serve."""
     functions = problem.score_mod is not None or problem.mask_mod is not None
-    return functions or problem.dropout or problem.block_size is not None or problem.layout != "dense"
+    return gradients.are_wanted(problem) or functions or problem.dropout or problem.block_size is not None or problem.layout != "dense"
 
 
 def runner(problem: AttentionProblem) -> Run:
     """The ``run`` of a plan: the operator with what the problem fixes bound."""
     described: dict[tuple[bool, bool, float], str] = {}
+    attend = _operator(problem)
 
     def run(
         query: Tensor,
@@ -51,7 +52,7 @@ def runner(problem: AttentionProblem) -> Run:
             text = described[kind] = _description(problem, *kind)
         tensors = _tensors(attn_mask, given)
         try:
-            out, lse = torch.ops.torchhal_cpu_x86.flex_attention(query, key, value, tensors, text, scale)
+            out, lse = attend(query, key, value, tensors, text, scale)
         except RuntimeError:
             _blame_data(Piece(query, key, value, attn_mask), given)
             raise
@@ -60,10 +61,24 @@ def runner(problem: AttentionProblem) -> Run:
     return run
 
 
+def _operator(problem: AttentionProblem) -> Run:
+    """The native operator, which the backward pass of a differentiable one needs the gradient's description for."""
+    operators = torch.ops.torchhal_cpu_x86
+    if not gradients.are_wanted(problem):
+        return operators.flex_attention.default  # type: ignore[no-any-return]
+    text = gradients.describe(problem).text()
+
+    def attend(*arguments: Any) -> Any:
+        return operators.differentiable_attention.default(*arguments, text)
+
+    return attend
+
+
 def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: bool, dropout_p: float) -> str:
     rows, keys = problem.block_size or (1, 1)
     score, mask = problem.score_mod, problem.mask_mod
-    numbers = [LAYOUTS[problem.layout], problem.is_causal, problem.return_lse, problem.mask_dtype is not None]
+    returns_lse = problem.return_lse or gradients.are_wanted(problem)  # which the backward pass starts from
+    numbers = [LAYOUTS[problem.layout], problem.is_causal, returns_lse, problem.mask_dtype is not None]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
     numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
     for graph in (score, mask):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchhal.operands import empty_output
+from torchhal_cpu_x86 import gradients
 
 NAMESPACE: Final = "torchhal_cpu_x86"
 OPERATORS: Final = (
@@ -18,12 +19,15 @@ OPERATORS: Final = (
     "masked_attention",
     "masked_attention_lse",
     "flex_attention",
+    "attention_backward",
 )
+"""Those that have no derivatives."""
 
 
 def register() -> None:
     """Complete the operators that the native library has registered."""
     _register_fakes()
+    gradients.register()
     for name in OPERATORS:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Autograd"):
             refuse_derivatives(name)
@@ -86,7 +90,13 @@ def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple
 
 
 def _fake_flex(
-    query: Tensor, key: Tensor, value: Tensor, operands: list[Tensor], description: str, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: list[Tensor],
+    description: str,
+    scale: float,
+    gradient: str = "",
 ) -> tuple[Tensor, Tensor]:
     _check_devices(query, key, value, operands)
     has_lse = int(description.split(" ", 3)[2])
@@ -96,7 +106,9 @@ def _fake_flex(
 
 
 def _register_fakes() -> None:
-    torch.library.register_fake("torchhal_cpu_x86::flex_attention", _fake_flex)
+    for name in ("flex_attention", "differentiable_attention"):
+        torch.library.register_fake(f"torchhal_cpu_x86::{name}", _fake_flex)
+    torch.library.register_fake("torchhal_cpu_x86::attention_backward", gradients.fake)
     for prefix in ("", "masked_"):
         torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention", _fake)
         torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention_lse", _fake_lse)

@@ -1,0 +1,357 @@
+// Gradients of attention for tiles of query rows: the scores are computed again, and with P their weights, D the sum
+// of grad_out * out in each row, and dP = grad_out . value (Dao et al., FlashAttention, arXiv:2205.14135, algorithm 4),
+//
+//   dS = P * (dP - D + grad_lse),  grad_query = scale * dS . key,  grad_key = scale * dS^T . query,
+//   grad_value = P^T . grad_out.
+//
+// A pair of weight 0, hidden or not, passes nothing on, whatever its operands hold.
+#pragma once
+
+#include "gradient.hpp"
+#include "gradient_gemm.hpp"
+#include "gradient_sums.hpp"
+#include "score_tile.hpp"
+
+namespace {
+
+using thal::GradientItem;
+using thal::GradientPlan;
+
+template <class V, int DT, int NQ>
+class GradientTile : ScoreTile<V, DT, false, NQ> {
+  using Base = ScoreTile<V, DT, false, NQ>;
+  using typename Base::F;
+  using Base::W, Base::kSize, Base::p_, Base::it_, Base::c_, Base::panels_, Base::buffer_, Base::key0_, Base::count_;
+  using Base::keys_, Base::key_stride_, Base::value_source_, Base::v_stride_, Base::key_source_, Base::k_stride_;
+  static constexpr int64_t kPanel = thal::kKeyBlock * W;
+
+  const GradientPlan& g_;
+  const GradientItem& item_;
+  float *weights_, *gradients_, *dots_, *query_rows_, *above_, *above_rows_, *delta_, *shift_, *out_, *clean_, *v_, *dq_;
+  float *key_sums_, *value_sums_;
+  uint32_t* kept_;
+  bool finite_query_ = true, finite_above_ = true, values_loaded_;
+  int finite_keys_;  // -1 unknown, else 0 or 1
+  const char* values_;
+  int64_t value_stride_, limits_[thal::kPanelsMost];
+
+ public:
+  GradientTile(const GradientPlan& g, const GradientItem& item, const Item& it, float* keys, char* scratch)
+      : Base(g.p, it, scratch), g_(g), item_(item) {
+    weights_ = this->floats(g.at_weights), gradients_ = this->floats(g.at_gradients);
+    dots_ = this->floats(p_.at_scores), dq_ = this->floats(p_.at_o), v_ = this->floats(p_.at_v);
+    query_rows_ = this->floats(g.at_query_rows), above_ = this->floats(g.at_above);
+    above_rows_ = this->floats(g.at_above_rows), delta_ = this->floats(g.at_delta), shift_ = this->floats(g.at_shift);
+    out_ = this->floats(g.at_out);
+    clean_ = this->floats(g.at_clean), kept_ = reinterpret_cast<uint32_t*>(this->ints(g.at_kept));
+    key_sums_ = keys, value_sums_ = keys + (it.sequence.S + V::kRows) * g.key_width;
+  }
+
+  void run() {
+    this->start_rows();
+    start_gradients();
+    this->each_block([this] {
+      values_loaded_ = false, finite_keys_ = -1;
+      for (int64_t panel = 0; panel < panels_; ++panel) limits_[panel] = advance(panel);
+      add_to_keys();
+    });
+    for (int64_t panel = 0; panel < panels_; ++panel) finish(panel);
+  }
+
+ private:
+  // Row `row` of a tensor with a row for each query: query, out, or the gradient of either.
+  const char* row_of(const void* base, const int64_t* stride, int64_t row) const {
+    const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
+    const int64_t first = c_.ragged ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
+    return static_cast<const char*>(base) + (first + h * stride[1] + l * stride[2]) * kSize;
+  }
+
+  void start_gradients() {
+    std::memset(dq_, 0, static_cast<size_t>(panels_ * W * c_.E) * 4);
+    const Rows query{c_.q, c_.q_stride, c_.E, 1.0f}, above{g_.g.grad_out, g_.g.grad_out_stride, c_.Ev, p_.kept()};
+    finite_query_ = pack_rows(query, query_rows_);
+    finite_above_ = pack_rows(above, above_rows_);
+    for (int64_t i = 0; i < panels_ * W; ++i) {
+      // As the online softmax does with its maximum: the difference is taken before the scores are scaled. A row that
+      // sees no key has scores of -inf alone.
+      const float lse = i < it_.rows ? c_.lse[lse_place(it_.row0 + i, c_.lse_stride)] : 0.0f;
+      shift_[i] = lse == -kInf ? 0.0f : lse / p_.lse_factor;
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      pack(above, panel, above_ + panel * c_.Ev * W);
+      add_deltas(panel);
+    }
+  }
+
+  struct Rows {
+    const void* data;
+    const int64_t* stride;
+    int64_t columns;
+    float factor;
+  };
+
+  // Rows of the tile, widened, in chunks of columns as add_outer_block reads them; 0 in place of what is not finite.
+  // Returns whether everything is.
+  bool pack_rows(const Rows& from, float* out) {
+    F seen = V::zero();
+    const F factor = V::set1(from.factor);
+    for (int64_t i = 0; i < it_.rows; ++i) {
+      const char* row = row_of(from.data, from.stride, it_.row0 + i);
+      row = contiguous_row<kSize>(row, from.stride[3], from.columns, buffer_);
+      float* chunk = out;
+      for (int64_t e = 0, width; e < from.columns; e += width) {
+        width = chunk_columns<V>(e, from.columns);
+        for (int64_t k = 0; k < width; k += V::N) {
+          const int w = static_cast<int>(larger(0, smaller(V::N, from.columns - e - k)));
+          const F x = w ? V::mul(V::template load_part<DT>(row + (e + k) * kSize, w), factor) : V::zero();
+          seen = V::fma(x, V::zero(), seen);
+          V::store(chunk + i * width + k, x);
+        }
+        chunk += panels_ * W * width;
+      }
+    }
+    const bool finite = !V::any_nan(seen);
+    if (!finite) zero_wild(out, panels_ * W * thal::chunked_columns(from.columns, V::N));
+    return finite;
+  }
+
+  int64_t lse_place(int64_t row, const int64_t* stride) const {
+    const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
+    const int64_t first = c_.ragged ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
+    return first + h * stride[1] + l * stride[2];
+  }
+
+  // Rows of a panel as its lanes, with their columns in rows, as products with keys and values read them.
+  void pack(const Rows& from, int64_t panel, float* out) {
+    const int64_t first = c_.ragged ? it_.sequence.first_q * from.stride[2] : it_.b * from.stride[0];
+    pack_panel<V, DT, false, NQ>(p_, it_, {from.data, from.stride, from.columns, from.factor}, first,
+                                 it_.row0 + panel * W, out, buffer_);
+  }
+
+  // grad_out . out of each row, summed in the order in which grad_out . value is: where one key has all the weight, the
+  // two cancel to 0, as they should. What the LSE passes on is subtracted.
+  void add_deltas(int64_t panel) {
+    pack({c_.out, c_.out_stride, c_.Ev, 1.0f}, panel, out_);
+    const float* above = above_ + panel * c_.Ev * W;
+    float* delta = delta_ + panel * W;
+    for (int q = 0; q < NQ; ++q) {
+      F sum = V::zero();
+      for (int64_t i = q * V::N; i < c_.Ev * W; i += W) sum = V::fma(V::load(out_ + i), V::load(above + i), sum);
+      V::store(delta + q * V::N, V::div(sum, V::set1(p_.kept())));
+    }
+    for (int64_t lane = 0; g_.g.grad_lse && lane < real_lanes(panel); ++lane)
+      delta[lane] -= g_.g.grad_lse[lse_place(it_.row0 + panel * W + lane, g_.g.grad_lse_stride)];
+  }
+
+  void load_values() {
+    values_loaded_ = true;
+    values_ = value_source_, value_stride_ = v_stride_[2] * kSize;
+    if (DT == THAL_F32 && this->in_place(v_stride_)) return;
+    widen_rows<V, DT>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
+    values_ = reinterpret_cast<const char*>(v_), value_stride_ = c_.Ev * 4;
+  }
+
+  // Weights and score gradients of a panel, and its share of the gradient of the query. Returns the number of keys.
+  int64_t advance(int64_t panel) {
+    alignas(64) float top[W];
+    float *p = weights_ + panel * kPanel, *ds = gradients_ + panel * kPanel;
+    const auto [n, partial] = this->score(panel, p, top, dots_);
+    if (n == 0) return 0;
+    if (!values_loaded_) load_values();
+    scores<V, false, NQ>(values_, value_stride_, n, above_ + panel * c_.Ev * W, c_.Ev, ds, top);
+    if (c_.dropout) draw(panel, n, ds);
+    switch (partial) {
+      case Partial::kNone:
+        differentiate<Partial::kNone>(panel, n, p, ds);
+        break;
+      case Partial::kCausal:
+        differentiate<Partial::kCausal>(panel, n, p, ds);
+        break;
+      case Partial::kScored:
+        differentiate<Partial::kScored>(panel, n, p, ds);
+        break;
+      case Partial::kBias:
+        differentiate<Partial::kBias>(panel, n, p, ds);
+        break;
+    }
+    if (g_.g.mask_sum >= 0) add_to_mask(panel, n, ds);
+    if (p_.has_score_mod) pull_back(panel, n, p, ds);
+    if (c_.dropout)
+      for (int64_t i = 0; i < n * W; ++i) reinterpret_cast<uint32_t*>(p)[i] &= kept_[i];
+    add_to_query(panel, n, ds);
+    const int64_t whole = (n + V::kRows - 1) / V::kRows * V::kRows;  // add_outer reads whole groups of keys
+    std::memset(p + n * W, 0, static_cast<size_t>((whole - n) * W) * 4);
+    std::memset(ds + n * W, 0, static_cast<size_t>((whole - n) * W) * 4);
+    return n;
+  }
+
+  // Which weights dropout keeps; the gradients of the others are zeroed.
+  void draw(int64_t panel, int64_t n, float* ds) {
+    const uint64_t threshold = c_.dropout->threshold;
+    for (int half = 0; half < W; half += kPhiloxLanes) {
+      const Indices at = this->indices(panel, half);
+      draw_for_rows(*c_.dropout, it_.b, at.heads, at.positions, key0_, n, [&](int64_t j, const uint32_t* words) {
+        uint32_t* kept = kept_ + j * W + half;
+        auto* row = reinterpret_cast<uint32_t*>(ds) + j * W + half;
+        for (int i = 0; i < kPhiloxLanes; ++i) {
+          kept[i] = words[i] >= threshold ? 0xffffffffu : 0u;
+          row[i] &= kept[i];
+        }
+      });
+    }
+  }
+
+  // Scores to weights, and the gradients of weights to those of scores, both in place.
+  template <Partial P>
+  void differentiate(int64_t panel, int64_t n, float* p, float* ds) {
+    const F factor = V::set1(p_.exp_factor);
+    for (int q = 0; q < NQ; ++q) {
+      if constexpr (P != Partial::kNone) this->template mask_scores<P>(panel, n, q, p);
+      const F shift = V::load(shift_ + panel * W + q * V::N), delta = V::load(delta_ + panel * W + q * V::N);
+      float *x = p + q * V::N, *d = ds + q * V::N;
+      for (int64_t j = 0; j < n; ++j, x += W, d += W) {
+        const F weight = V::exp2(V::mul(V::sub(V::load(x), shift), factor));
+        V::store(x, weight);
+        V::store(d, V::where_nonzero(weight, V::mul(weight, V::sub(V::load(d), delta))));
+      }
+    }
+  }
+
+  int64_t real_lanes(int64_t panel) const { return smaller(W, it_.rows - panel * W); }
+
+  void add_to_mask(int64_t panel, int64_t n, const float* ds) {
+    const int64_t* stride = g_.g.mask_sum_stride;
+    double* base = item_.sums + g_.g.mask_sum + it_.b * stride[0] + key0_ * stride[3];
+    for (int64_t lane = 0; lane < real_lanes(panel); ++lane) {
+      const int64_t row = it_.row0 + panel * W + lane;
+      const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
+      double* sums = base + h * stride[1] + l * stride[2];
+      for (int64_t j = 0; j < n; ++j) sums[j * stride[3]] += static_cast<double>(ds[j * W + lane]);
+    }
+  }
+
+  // Through the score_mod: its captured tensors get their share, and ds becomes the gradient of what it was given.
+  void pull_back(int64_t panel, int64_t n, const float* p, float* ds) {
+    for (int half = 0; half < W; half += thal::kLanes) {
+      thal::Frame frame = frame_of(*c_.score_mod, this->indices(panel, half), n, 1, this->scratch_ + g_.at_program);
+      frame.in[0] = {dots_ + half, W}, frame.in[5] = {ds + half, W};
+      frame.factor = c_.scale;
+      frame.out = ds + half, frame.out_stride = W;
+      CapturedSums sums{g_, item_.sums, p + half, W, smaller(thal::kLanes, real_lanes(panel) - half)};
+      if (g_.g.contribution_count && sums.lanes > 0) frame.sink = CapturedSums::take, frame.sink_context = &sums;
+      p_.isa->run_program(g_.score_gradient, frame);
+    }
+    for (int64_t i = 0; i < n * W; i += V::N)  // what a function makes of a hidden pair may be anything
+      V::store(ds + i, V::where_nonzero(V::load(p + i), V::load(ds + i)));
+  }
+
+  void add_to_query(int64_t panel, int64_t n, const float* ds) {
+    alignas(64) float ones[W];
+    for (float& x : ones) x = 1.0f;
+    float* dq = dq_ + panel * W * c_.E;
+    if (finite_keys_ < 0) finite_keys_ = all_finite<V, DT>(key_source_, k_stride_, count_, c_.E, buffer_);
+    if (finite_keys_) {
+      weighted_values<V, false, NQ>(keys_, key_stride_, c_.E, ds, n, dq, ones);
+      return;
+    }
+    widen_rows<V, DT>(key_source_, k_stride_, count_, c_.E, clean_, buffer_);
+    zero_wild(clean_, count_ * c_.E);
+    weighted_values<V, false, NQ>(reinterpret_cast<const char*>(clean_), c_.E * 4, c_.E, ds, n, dq, ones);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t e = 0; e < c_.E; ++e) {
+        const float x = scalar_as_float<V, DT>(key_source_ + (j * k_stride_[2] + e * k_stride_[3]) * kSize);
+        if (is_finite(x)) continue;
+        for (int lane = 0; lane < W; ++lane)
+          if (ds[j * W + lane] != 0.0f) dq[e * W + lane] += ds[j * W + lane] * x;
+      }
+  }
+
+  // The block's share of the gradients of keys and values.
+  void add_to_keys() {
+    int64_t most = 0;
+    for (int64_t panel = 0; panel < panels_; ++panel) most = larger(most, limits_[panel]);
+    if (most == 0) return;
+    const Rows query{c_.q, c_.q_stride, c_.E, 1.0f}, above{g_.g.grad_out, g_.g.grad_out_stride, c_.Ev, p_.kept()};
+    add_products(gradients_, most, query, query_rows_, finite_query_, key_sums_, g_.key_width);
+    add_products(weights_, most, above, above_rows_, finite_above_, value_sums_, g_.value_width);
+  }
+
+  void add_products(const float* weights, int64_t keys, const Rows& from, const float* packed, bool finite, float* sums,
+                    int64_t width) {
+    float* out = sums + key0_ * width;
+    const TileWeights w{weights, panels_, kPanel, it_.rows, limits_};
+    add_outer_block<V, W>(w, keys, packed, panels_ * W, from.columns, out, width);
+    if (!finite) add_wild_rows(weights, from, out, width);
+  }
+
+  // What pack_rows left out, for the keys that the row sees.
+  void add_wild_rows(const float* weights, const Rows& from, float* sums, int64_t width) {
+    for (int64_t i = 0; i < it_.rows; ++i) {
+      const char* row = row_of(from.data, from.stride, it_.row0 + i);
+      const float* w = weights + i / W * kPanel + i % W;
+      for (int64_t e = 0; e < from.columns; ++e) {
+        const float x = scalar_as_float<V, DT>(row + e * from.stride[3] * kSize) * from.factor;
+        if (is_finite(x)) continue;
+        for (int64_t j = 0; j < limits_[i / W]; ++j)
+          if (w[j * W] != 0.0f) sums[j * width + e] += w[j * W] * x;
+      }
+    }
+  }
+
+  void finish(int64_t panel) {
+    const F scale = V::set1(c_.scale);
+    const int64_t* stride = g_.g.grad_q_stride;
+    for (int q = 0; q < NQ; ++q) {
+      const int64_t first = panel * W + q * V::N, rows = smaller(V::N, it_.rows - first);
+      for (int64_t e = 0; e < c_.E && rows > 0; e += V::N) {
+        const int w = static_cast<int>(smaller(V::N, c_.E - e));
+        F t[V::N];
+        for (int i = 0; i < V::N; ++i)
+          t[i] = i < w ? V::mul(V::load(dq_ + (panel * c_.E + e + i) * W + q * V::N), scale) : V::zero();
+        V::transpose(t);
+        for (int64_t i = 0; i < rows; ++i) {
+          char* row = const_cast<char*>(row_of(g_.g.grad_q, stride, it_.row0 + first + i));
+          store_columns<V, DT>(row + e * stride[3] * kSize, stride[3], t[i], w);
+        }
+      }
+    }
+  }
+};
+
+// Sums of keys and values as they are summed for an item, to the tensors.
+template <class V, int DT>
+void store_key_gradients(const GradientPlan& g, const GradientItem& item, const float* keys) {
+  const thal_attention& c = g.p.call;
+  const float* values = keys + (item.sequence.S + V::kRows) * g.key_width;
+  const auto store = [&](const float* sums, int64_t width, int64_t columns, void* to, const int64_t* stride, float factor) {
+    constexpr int64_t size = size_of<DT>();
+    const int64_t first = c.ragged ? item.sequence.first_k * stride[2] : item.sequence.b * stride[0];
+    char* base = static_cast<char*>(to) + (first + item.kv_head * stride[1]) * size;
+    for (int64_t j = 0; j < item.sequence.S; ++j)
+      for (int64_t e = 0; e < columns; e += V::N) {
+        const typename V::F x = V::mul(V::load(sums + j * width + e), V::set1(factor));
+        store_columns<V, DT>(base + (j * stride[2] + e * stride[3]) * size, stride[3], x,
+                             static_cast<int>(smaller(V::N, columns - e)));
+      }
+  };
+  store(keys, g.key_width, c.E, g.g.grad_k, g.g.grad_k_stride, c.scale);
+  store(values, g.value_width, c.Ev, g.g.grad_v, g.g.grad_v_stride, 1.0f);
+}
+
+template <class V, int DT>
+void run_gradient(const GradientPlan& g, const GradientItem& item, char* scratch) {
+  float* keys = item.partial ? item.partial : reinterpret_cast<float*>(scratch + g.at_keys);
+  const int64_t rows = item.sequence.S + V::kRows;
+  std::memset(keys, 0, static_cast<size_t>(rows * (g.key_width + g.value_width)) * 4);
+  for (int64_t tile = item.tile0; tile < item.tile0 + item.tiles; ++tile) {
+    const Item it = thal::tile_item(g, item, tile);
+    if (g.p.panel > V::N) {
+      GradientTile<V, DT, 2>(g, item, it, keys, scratch).run();
+    } else {
+      GradientTile<V, DT, 1>(g, item, it, keys, scratch).run();
+    }
+  }
+  if (!item.partial) store_key_gradients<V, DT>(g, item, keys);
+}
+
+}  // namespace
