@@ -135,13 +135,14 @@ typedef struct thal_contribution {
   int64_t offset;   /* where the tensor's gradient begins in `sums`, contiguous */
 } thal_contribution;
 
-/* Gradients of a dense or packed call, of which `out` and `lse` are given now: they are the forward pass's. A tensor
- * shaped like one of the call has strides of its own, of which the first is not used for packed sequences. */
+/* Gradients of a call, of which `out` and `lse` are given now: they are the forward pass's. A tensor shaped like one of
+ * the call has strides of its own, of which the first is not used for packed sequences. */
 typedef struct thal_gradients {
   uint32_t struct_size; /* sizeof(thal_gradients) */
   int32_t contribution_count;
-  const void* grad_out;  /* of the call's dtype, as grad_q, grad_k and grad_v are */
+  const void* grad_out;  /* of the call's dtype */
   const float* grad_lse; /* null: none */
+  /* Of the call's dtype. Of pages, which sequences may share, the last two are float32 tensors of 0, added to. */
   void *grad_q, *grad_k, *grad_v;
   int64_t grad_out_stride[4], grad_lse_stride[3], grad_q_stride[4], grad_k_stride[4], grad_v_stride[4];
   /* The gradient of the score_mod: its inputs and the gradient of its result, to the gradient of the score and the

@@ -5,6 +5,9 @@
 
 namespace thal {
 
+// Keys beyond the last that a group of rows of the products may touch.
+constexpr int64_t kSpareKeys = 12;
+
 // The call's tiles are computed again, whole rows at a time: an item is a range of tiles of one key head, and sums the
 // gradients of all its keys and values in memory of its own.
 struct GradientPlan {

@@ -24,6 +24,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
   using Base::W, Base::kSize, Base::p_, Base::it_, Base::c_, Base::panels_, Base::buffer_, Base::key0_, Base::count_;
   using Base::keys_, Base::key_stride_, Base::value_source_, Base::v_stride_, Base::key_source_, Base::k_stride_;
   static constexpr int64_t kPanel = thal::kKeyBlock * W;
+  static_assert(V::kRows <= thal::kSpareKeys && thal::kKeyBlock % V::kRows == 0, "products take whole groups of keys");
 
   const GradientPlan& g_;
   const GradientItem& item_;
@@ -44,7 +45,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     above_rows_ = this->floats(g.at_above_rows), delta_ = this->floats(g.at_delta), shift_ = this->floats(g.at_shift);
     out_ = this->floats(g.at_out);
     clean_ = this->floats(g.at_clean), kept_ = reinterpret_cast<uint32_t*>(this->ints(g.at_kept));
-    key_sums_ = keys, value_sums_ = keys + (it.sequence.S + V::kRows) * g.key_width;
+    key_sums_ = keys, value_sums_ = keys + (it.sequence.S + thal::kSpareKeys) * g.key_width;
   }
 
   void run() {
@@ -62,7 +63,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
   // Row `row` of a tensor with a row for each query: query, out, or the gradient of either.
   const char* row_of(const void* base, const int64_t* stride, int64_t row) const {
     const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
-    const int64_t first = c_.ragged ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
+    const int64_t first = p_.packed() ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
     return static_cast<const char*>(base) + (first + h * stride[1] + l * stride[2]) * kSize;
   }
 
@@ -117,13 +118,13 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
 
   int64_t lse_place(int64_t row, const int64_t* stride) const {
     const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
-    const int64_t first = c_.ragged ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
+    const int64_t first = p_.packed() ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
     return first + h * stride[1] + l * stride[2];
   }
 
   // Rows of a panel as its lanes, with their columns in rows, as products with keys and values read them.
   void pack(const Rows& from, int64_t panel, float* out) {
-    const int64_t first = c_.ragged ? it_.sequence.first_q * from.stride[2] : it_.b * from.stride[0];
+    const int64_t first = p_.packed() ? it_.sequence.first_q * from.stride[2] : it_.b * from.stride[0];
     pack_panel<V, DT, false, NQ>(p_, it_, {from.data, from.stride, from.columns, from.factor}, first,
                                  it_.row0 + panel * W, out, buffer_);
   }
@@ -322,10 +323,10 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
 template <class V, int DT>
 void store_key_gradients(const GradientPlan& g, const GradientItem& item, const float* keys) {
   const thal_attention& c = g.p.call;
-  const float* values = keys + (item.sequence.S + V::kRows) * g.key_width;
+  const float* values = keys + (item.sequence.S + thal::kSpareKeys) * g.key_width;
   const auto store = [&](const float* sums, int64_t width, int64_t columns, void* to, const int64_t* stride, float factor) {
     constexpr int64_t size = size_of<DT>();
-    const int64_t first = c.ragged ? item.sequence.first_k * stride[2] : item.sequence.b * stride[0];
+    const int64_t first = g.p.packed() ? item.sequence.first_k * stride[2] : item.sequence.b * stride[0];
     char* base = static_cast<char*>(to) + (first + item.kv_head * stride[1]) * size;
     for (int64_t j = 0; j < item.sequence.S; ++j)
       for (int64_t e = 0; e < columns; e += V::N) {
@@ -341,7 +342,7 @@ void store_key_gradients(const GradientPlan& g, const GradientItem& item, const 
 template <class V, int DT>
 void run_gradient(const GradientPlan& g, const GradientItem& item, char* scratch) {
   float* keys = item.partial ? item.partial : reinterpret_cast<float*>(scratch + g.at_keys);
-  const int64_t rows = item.sequence.S + V::kRows;
+  const int64_t rows = item.sequence.S + thal::kSpareKeys;
   std::memset(keys, 0, static_cast<size_t>(rows * (g.key_width + g.value_width)) * 4);
   for (int64_t tile = item.tile0; tile < item.tile0 + item.tiles; ++tile) {
     const Item it = thal::tile_item(g, item, tile);

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kItemsWanted = 32, kSharesMost = 8;
 // Groups of items that sum over pairs, and what their copies of the sums may take together.
 constexpr int64_t kCopiesMost = 16, kCopyBytes = int64_t{32} << 20;
-// Keys beyond the last that a group of rows may touch.
-constexpr int64_t kSpareKeys = 12;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,11 +66,13 @@ int decode_gradient(GradientPlan& g) {
 
 int check(const thal_attention& c, const thal_gradients& g) {
   if (g.struct_size != sizeof(thal_gradients)) return THAL_BAD_STRUCT;
-  if (c.ragged && c.ragged->lengths) return THAL_BAD_LENGTHS;  // pages belong to inference
   if (g.contribution_count < 0 || g.sum_count < 0 || (g.contribution_count && !g.contributions)) return THAL_BAD_SIZE;
   if (c.score_mod && (!g.words || g.word_count < 0)) return THAL_BAD_PROGRAM;
   return THAL_OK;
 }
+
+// Whether other items add to the gradients of the keys that an item of this sequence sees. Sequences may share pages.
+bool shares_keys(const Plan& p, const Sequence& s) { return s.splits > 1 || p.paged(); }
 
 // Shares of the tiles of each head, fewer where there are heads enough.
 void number_items(GradientPlan& g) {
@@ -90,8 +90,8 @@ void number_items(GradientPlan& g) {
     s.item0 = g.items, s.partial0 = g.partial_count;
     const int64_t items = copies * p.call.Hkv * s.splits;
     g.items += items;
-    g.partial_count += s.splits > 1 ? items : 0;
-    if (s.splits == 1) own_keys = std::max(own_keys, s.S);
+    g.partial_count += shares_keys(p, s) ? items : 0;
+    if (!shares_keys(p, s)) own_keys = std::max(own_keys, s.S);
   }
   g.own_floats = own_keys < 0 ? 0 : (own_keys + kSpareKeys) * (g.key_width + g.value_width);
   g.partial_floats = (p.most_keys + kSpareKeys) * (g.key_width + g.value_width);
@@ -108,7 +108,7 @@ GradientItem item_at(const GradientPlan& g, int64_t index) {
   item.kv_head = head % p.call.Hkv;
   item.tile0 = std::min(s.tiles, share * each);
   item.tiles = std::min(s.tiles, item.tile0 + each) - item.tile0;
-  item.partial = s.splits > 1 ? g.partials + (s.partial0 + own) * g.partial_floats : nullptr;
+  item.partial = shares_keys(p, s) ? g.partials + (s.partial0 + own) * g.partial_floats : nullptr;
   item.sums = g.g.sums;
   return item;
 }
@@ -177,6 +177,26 @@ void run_group(const GradientPlan& g, const Isa& isa, int64_t group, char* scrat
   }
 }
 
+// Adds the sums of all items of one key head to the pages, sequence by sequence.
+void add_to_pages(const GradientPlan& g, int64_t head) {
+  const thal_attention& c = g.p.call;
+  const thal_ragged& r = *c.ragged;
+  for (int64_t i = 0; i < g.items; ++i) {
+    const GradientItem item = item_at(g, i);
+    if (item.kv_head != head) continue;
+    const float *keys = item.partial, *values = keys + (item.sequence.S + kSpareKeys) * g.key_width;
+    for (int64_t j = 0; j < item.sequence.S; ++j) {
+      const int64_t page = r.page_table[item.sequence.b * r.page_table_stride[0] + j / r.page_size * r.page_table_stride[1]];
+      const auto add = [&](void* to, const int64_t* stride, const float* sums, int64_t columns, float factor) {
+        float* row = static_cast<float*>(to) + page * stride[0] + head * stride[1] + j % r.page_size * stride[2];
+        for (int64_t e = 0; e < columns; ++e) row[e * stride[3]] += sums[e] * factor;
+      };
+      add(g.g.grad_k, g.g.grad_k_stride, keys + j * g.key_width, c.E, c.scale);
+      add(g.g.grad_v, g.g.grad_v_stride, values + j * g.value_width, c.Ev, 1.0f);
+    }
+  }
+}
+
 // Adds up the sums of the items that share keys, in order, and stores them.
 void merge_item(const GradientPlan& g, const Isa& isa, int64_t i) {
   const GradientItem item = item_at(g, i);
@@ -240,6 +260,8 @@ int run_gradient_plan(GradientPlan& g, void* workspace) {
   if (const int code = run_tasks(g.p.call, g.groups, workers, run)) return code;
   merge_sums(g);
   if (!g.partial_count) return THAL_OK;
+  if (g.p.paged())
+    return run_tasks(g.p.call, g.p.call.Hkv, workers, [&](int64_t head, int64_t) { add_to_pages(g, head); });
   return run_tasks(g.p.call, g.items, workers, [&](int64_t i, int64_t) { merge_item(g, isa, i); });
 }
 

@@ -82,6 +82,8 @@ struct Plan {
   char* scratch;
   float* partials;
 
+  bool packed() const { return call.ragged && !call.ragged->lengths; }
+  bool paged() const { return call.ragged && call.ragged->lengths; }
   // What finished sums are multiplied with, beside the inverse of the weights' sum.
   float kept() const { return call.dropout ? call.dropout->kept : 1.0f; }
   bool needs_indices() const { return has_score_mod || has_mask_mod || call.dropout; }

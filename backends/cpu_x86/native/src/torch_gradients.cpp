@@ -117,7 +117,8 @@ class Backward : FlexCall {
     }
   }
 
-  // Each gradient is laid out like its tensor, and the sums are float64.
+  // Each gradient is laid out like its tensor, and the sums are float64. Sequences may share pages, whose gradients are
+  // therefore summed in float32 over all of them.
   bool allocate() {
     void** const data[] = {&g_.grad_q, &g_.grad_k, &g_.grad_v};
     int64_t* const strides[] = {g_.grad_q_stride, g_.grad_k_stride, g_.grad_v_stride};
@@ -129,7 +130,9 @@ class Backward : FlexCall {
       std::copy(like[i]->strides, like[i]->strides + like[i]->dim, stride + skip);
       if (skip) stride[0] = size[1] * stride[1];
       strides_like(size, stride, found);
-      if (!make(i, like[i]->dim, size + skip, found + skip, query_.dtype, data[i])) return false;
+      const int32_t dtype = i && d_->layout == kPaged ? torch.float32() : query_.dtype;
+      if (!make(i, like[i]->dim, size + skip, found + skip, dtype, data[i])) return false;
+      if (i && d_->layout == kPaged) std::memset(*data[i], 0, bytes_of(size, found, 4));
       set_strides({like[i]->dim, size + skip, found + skip}, strides[i]);
     }
     const int64_t one = 1;
@@ -137,6 +140,16 @@ class Backward : FlexCall {
     if (!make(3, 1, &g_.sum_count, &one, torch.float64(), &sums)) return false;
     g_.sums = static_cast<double*>(sums);
     return true;
+  }
+
+  // All that strides_like spans is a tensor's own.
+  static size_t bytes_of(const int64_t* size, const int64_t* stride, int64_t width) {
+    int64_t last = 0;
+    for (int i = 0; i < 4; ++i) {
+      if (size[i] == 0) return 0;
+      last += (size[i] - 1) * stride[i];
+    }
+    return static_cast<size_t>((last + 1) * width);
   }
 
   bool compute() {

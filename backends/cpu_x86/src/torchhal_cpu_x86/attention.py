@@ -25,10 +25,6 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
             "mask_dtype",
             f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
         )
-    if problem.layout == "paged" and gradients.are_wanted(problem):
-        return Decline(
-            "paged_gradient", "keys and values in pages have no gradients here: pages belong to inference"
-        )
     isa = native.load().get_isa(problem.query_dtype)
     needs_flex = flex.is_needed(problem)
     return Plan(

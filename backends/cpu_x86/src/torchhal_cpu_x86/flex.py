@@ -8,7 +8,7 @@ torch.compile, torch.export and AOTInductor as an ordinary operator with ordinar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torchhal.pointwise import Graph
 from torchhal.problems import AttentionProblem
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
 from torchhal_cpu_x86 import gradients, programs
-
-LAYOUTS: Final = {"dense": 0, "varlen": 1, "paged": 2}
-"""As ``native/src/torch_flex.cpp`` numbers them."""
 
 Run = Callable[..., Any]
 
@@ -78,7 +75,7 @@ def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: b
     rows, keys = problem.block_size or (1, 1)
     score, mask = problem.score_mod, problem.mask_mod
     returns_lse = problem.return_lse or gradients.are_wanted(problem)  # which the backward pass starts from
-    numbers = [LAYOUTS[problem.layout], problem.is_causal, returns_lse, problem.mask_dtype is not None]
+    numbers = [gradients.LAYOUTS[problem.layout], problem.is_causal, returns_lse, problem.mask_dtype is not None]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
     numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
     for graph in (score, mask):

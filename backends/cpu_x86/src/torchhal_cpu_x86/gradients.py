@@ -18,6 +18,9 @@ from torchhal.pointwise.differentiate import differentiate
 from torchhal.problems import AttentionProblem
 from torchhal_cpu_x86 import programs
 
+LAYOUTS: Final = {"dense": 0, "varlen": 1, "paged": 2}
+"""As ``native/src/flex_call.hpp`` numbers them."""
+
 FEATURES: Final = frozenset({"backward", "mask_gradient", "captured_gradient"})
 """Features of a problem that ask for gradients."""
 
@@ -99,9 +102,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return None, None, None, nothing, None, None, None
     above = torch.zeros_like(out) if grad_out is None else grad_out
     lse_above = lse.new_empty(0) if grad_lse is None else grad_lse
-    *main, sums = torch.ops.torchhal_cpu_x86.attention_backward(
+    *found, sums = torch.ops.torchhal_cpu_x86.attention_backward(
         query, key, value, operands, description, scale, text, above, lse_above, out, lse
     )
+    main = [gradient.to(query.dtype) for gradient in found]  # those of pages are float32
     return *main, _share(sums, operands, description, Description.of_text(text)), None, None, None
 
 
@@ -131,5 +135,6 @@ def fake(
     """Results of ``attention_backward`` for fake tensors."""
     has_mask, found = int(description.split(" ", 4)[3]), Description.of_text(gradient)
     summed = ([operands[0]] if found.mask else []) + [operands[has_mask + i] for i in found.captured]
-    like = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    return like[0], like[1], like[2], query.new_empty(sum(t.numel() for t in summed), dtype=torch.float64)
+    kind = torch.float32 if int(description.split(" ", 1)[0]) == LAYOUTS["paged"] else query.dtype
+    keys, values = (torch.empty_like(tensor, dtype=kind) for tensor in (key, value))
+    return torch.empty_like(query), keys, values, query.new_empty(sum(t.numel() for t in summed), dtype=torch.float64)
