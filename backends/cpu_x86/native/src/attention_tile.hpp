@@ -148,16 +148,14 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
     add_wild_values(source, panel, n, o, partial);
   }
 
-  // The block's values with 0 in place of what is not finite, see zero_wild.
+  // The block's values with 0 in place of what is not finite, see clean.
   void load_clean_values(const char* source) {
     if constexpr (PAIRS) {
       zip_value_rows<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
-      auto* words = reinterpret_cast<uint16_t*>(clean_);
-      for (int64_t i = 0; i < (count_ + 1) / 2 * c_.Ev * 2; ++i)
-        if ((words[i] & 0x7f80) == 0x7f80) words[i] = 0;
+      clean<true>(clean_, (count_ + 1) / 2 * c_.Ev);
     } else {
       widen_rows<V, DT>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
-      zero_wild(clean_, count_ * c_.Ev);
+      clean<false>(clean_, count_ * c_.Ev);
     }
   }
 

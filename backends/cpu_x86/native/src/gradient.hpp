@@ -26,7 +26,7 @@ struct GradientPlan {
   double* copy_sums;
 
   // Byte offsets inside one thread's scratch, beside those of the plan.
-  int64_t at_weights, at_gradients, at_query_rows, at_above, at_above_rows, at_delta, at_shift, at_out, at_clean, at_kept;
+  int64_t at_weights, at_gradients, at_narrow_weights, at_narrow_gradients, at_key_pairs, at_query_rows, at_above, at_above_rows, at_delta, at_shift, at_out, at_clean, at_kept;
   int64_t at_program, at_keys;
   int64_t scratch_bytes;
 

@@ -7,23 +7,25 @@
 
 namespace {
 
-// Weights of a tile, panel by panel: panel p has rows of W floats, one for each key; keys from limits[p] on have weight 0.
+// Weights of a tile, panel by panel: panel p has a row of W weights for each key, float32 or bf16; keys from limits[p] on
+// have weight 0.
 struct TileWeights {
-  const float* data;
-  int64_t panels, panel_floats, rows;  // rows: of all panels together; only the last may be partly filled
+  const char* data;
+  int64_t panels, panel_bytes, rows;  // rows: of all panels together; only the last may be partly filled
   const int64_t* limits;
 };
 
-// NR keys from key j on, NC vectors of columns. `rows` is packed: NC vectors for each query row.
-template <class V, int W, int NR, int NC>
+// NR keys from key j on, NC vectors of columns. `rows` is packed: NC vectors for each query row, or pair of them.
+template <class V, bool PAIRS, int W, int NR, int NC>
 THAL_NOINLINE void add_outer(const TileWeights& w, int64_t j, const float* rows, float* c, int64_t stride) {
+  constexpr int64_t words = PAIRS ? W / 2 : W;
   typename V::F acc[NR * NC];
   each<NR * NC>([&](auto i) { acc[i] = V::zero(); });
   for (int64_t p = 0; p < w.panels; ++p) {
     if (w.limits[p] <= j) continue;
-    const int64_t depth = smaller(W, w.rows - p * W);
-    const auto* first = reinterpret_cast<const char*>(w.data + p * w.panel_floats + j * W);
-    multiply_into<V, false, NR, NC>(acc, AlongRow(first, W * 4), rows + p * W * NC * V::N, depth);
+    const int64_t left = w.rows - p * W, depth = smaller(words, PAIRS ? (left + 1) / 2 : left);
+    const AlongRow weights(w.data + p * w.panel_bytes + j * words * 4, words * 4);
+    multiply_into<V, PAIRS, NR, NC>(acc, weights, rows + p * words * NC * V::N, depth);
   }
   each<NR * NC>([&](auto i) {
     float* out = c + i / NC * stride + i % NC * V::N;
@@ -38,19 +40,20 @@ int64_t chunk_columns(int64_t column, int64_t columns) {
 }
 
 // All of a block: `keys` keys, c of rows `stride` floats apart with room for whole vectors and whole groups of keys.
-template <class V, int W>
-void add_outer_block(const TileWeights& w, int64_t keys, const float* rows, int64_t row_count, int64_t columns, float* c,
+// A chunk of packed rows holds `depth` of them.
+template <class V, bool PAIRS, int W>
+void add_outer_block(const TileWeights& w, int64_t keys, const float* rows, int64_t depth, int64_t columns, float* c,
                      int64_t stride) {
   for (int64_t j = 0; j < keys; j += V::kRows) {
     const float* chunk = rows;
     for (int64_t e = 0, width; e < columns; e += width) {
       width = chunk_columns<V>(e, columns);
       if (width == V::N) {
-        add_outer<V, W, V::kRows, 1>(w, j, chunk, c + j * stride + e, stride);
+        add_outer<V, PAIRS, W, V::kRows, 1>(w, j, chunk, c + j * stride + e, stride);
       } else {
-        add_outer<V, W, V::kRows, 2>(w, j, chunk, c + j * stride + e, stride);
+        add_outer<V, PAIRS, W, V::kRows, 2>(w, j, chunk, c + j * stride + e, stride);
       }
-      chunk += row_count * width;
+      chunk += depth * width;
     }
   }
 }

@@ -17,9 +17,9 @@ namespace {
 using thal::GradientItem;
 using thal::GradientPlan;
 
-template <class V, int DT, int NQ>
-class GradientTile : ScoreTile<V, DT, false, NQ> {
-  using Base = ScoreTile<V, DT, false, NQ>;
+template <class V, int DT, bool PAIRS, int NQ>
+class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
+  using Base = ScoreTile<V, DT, PAIRS, NQ>;
   using typename Base::F;
   using Base::W, Base::kSize, Base::p_, Base::it_, Base::c_, Base::panels_, Base::buffer_, Base::key0_, Base::count_;
   using Base::keys_, Base::key_stride_, Base::value_source_, Base::v_stride_, Base::key_source_, Base::k_stride_;
@@ -28,18 +28,24 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
 
   const GradientPlan& g_;
   const GradientItem& item_;
-  float *weights_, *gradients_, *dots_, *query_rows_, *above_, *above_rows_, *delta_, *shift_, *out_, *clean_, *v_, *dq_;
+  // Of all panels: float32, and for products of pairs in bf16 too.
+  float *weights_, *gradients_, *narrow_weights_, *narrow_gradients_;
+  float* key_pairs_;  // the gradients of one panel, in pairs of keys
+  float *dots_, *query_rows_, *above_, *above_rows_, *delta_, *shift_, *out_, *clean_, *v_, *dq_;
   float *key_sums_, *value_sums_;
   uint32_t* kept_;
   bool finite_query_ = true, finite_above_ = true, values_loaded_;
   int finite_keys_;  // -1 unknown, else 0 or 1
-  const char* values_;
-  int64_t value_stride_, limits_[thal::kPanelsMost];
+  const char *values_, *key_rows_;
+  int64_t key_row_stride_, value_stride_, value_words_, limits_[thal::kPanelsMost];
 
  public:
   GradientTile(const GradientPlan& g, const GradientItem& item, const Item& it, float* keys, char* scratch)
       : Base(g.p, it, scratch), g_(g), item_(item) {
     weights_ = this->floats(g.at_weights), gradients_ = this->floats(g.at_gradients);
+    narrow_weights_ = this->floats(g.at_narrow_weights), narrow_gradients_ = this->floats(g.at_narrow_gradients);
+    key_pairs_ = this->floats(g.at_key_pairs);
+    value_words_ = PAIRS ? (c_.Ev + 1) / 2 : c_.Ev;
     dots_ = this->floats(p_.at_scores), dq_ = this->floats(p_.at_o), v_ = this->floats(p_.at_v);
     query_rows_ = this->floats(g.at_query_rows), above_ = this->floats(g.at_above);
     above_rows_ = this->floats(g.at_above_rows), delta_ = this->floats(g.at_delta), shift_ = this->floats(g.at_shift);
@@ -69,9 +75,8 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
 
   void start_gradients() {
     std::memset(dq_, 0, static_cast<size_t>(panels_ * W * c_.E) * 4);
-    const Rows query{c_.q, c_.q_stride, c_.E, 1.0f}, above{g_.g.grad_out, g_.g.grad_out_stride, c_.Ev, p_.kept()};
-    finite_query_ = pack_rows(query, query_rows_);
-    finite_above_ = pack_rows(above, above_rows_);
+    finite_query_ = pack_rows(query(), query_rows_);
+    finite_above_ = pack_rows(above(), above_rows_);
     for (int64_t i = 0; i < panels_ * W; ++i) {
       // As the online softmax does with its maximum: the difference is taken before the scores are scaled. A row that
       // sees no key has scores of -inf alone.
@@ -79,7 +84,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
       shift_[i] = lse == -kInf ? 0.0f : lse / p_.lse_factor;
     }
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      pack(above, panel, above_ + panel * c_.Ev * W);
+      pack(above(), panel, above_ + panel * value_words_ * W);
       add_deltas(panel);
     }
   }
@@ -88,32 +93,49 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     const void* data;
     const int64_t* stride;
     int64_t columns;
-    float factor;
   };
+  Rows query() const { return {c_.q, c_.q_stride, c_.E}; }
+  Rows above() const { return {g_.g.grad_out, g_.g.grad_out_stride, c_.Ev}; }
 
-  // Rows of the tile, widened, in chunks of columns as add_outer_block reads them; 0 in place of what is not finite.
-  // Returns whether everything is.
+  // Rows of the tile in chunks of columns, as add_outer_block reads them; 0 in place of what is not finite. Returns
+  // whether everything is.
   bool pack_rows(const Rows& from, float* out) {
     F seen = V::zero();
-    const F factor = V::set1(from.factor);
-    for (int64_t i = 0; i < it_.rows; ++i) {
-      const char* row = row_of(from.data, from.stride, it_.row0 + i);
-      row = contiguous_row<kSize>(row, from.stride[3], from.columns, buffer_);
-      float* chunk = out;
+    const int64_t step = PAIRS ? 2 : 1;
+    for (int64_t i = 0; i < it_.rows; i += step) {
+      const char* row = contiguous(from, i, buffer_);
+      const char* next = PAIRS && i + 1 < it_.rows ? contiguous(from, i + 1, buffer_ + from.columns * kSize) : nullptr;
       for (int64_t e = 0, width; e < from.columns; e += width) {
         width = chunk_columns<V>(e, from.columns);
+        float* chunk = out + e * depth() + i / step * width;
         for (int64_t k = 0; k < width; k += V::N) {
           const int w = static_cast<int>(larger(0, smaller(V::N, from.columns - e - k)));
-          const F x = w ? V::mul(V::template load_part<DT>(row + (e + k) * kSize, w), factor) : V::zero();
-          seen = V::fma(x, V::zero(), seen);
-          V::store(chunk + i * width + k, x);
+          V::store(chunk + k, w ? packed(row + (e + k) * kSize, next ? next + (e + k) * kSize : nullptr, w, seen) : V::zero());
         }
-        chunk += panels_ * W * width;
       }
     }
     const bool finite = !V::any_nan(seen);
-    if (!finite) zero_wild(out, panels_ * W * thal::chunked_columns(from.columns, V::N));
+    if (!finite) clean<PAIRS>(out, depth() * thal::chunked_columns(from.columns, V::N));
     return finite;
+  }
+
+  // Packed rows of a chunk.
+  int64_t depth() const { return PAIRS ? panels_ * W / 2 : panels_ * W; }
+
+  const char* contiguous(const Rows& from, int64_t i, char* buffer) const {
+    return contiguous_row<kSize>(row_of(from.data, from.stride, it_.row0 + i), from.stride[3], from.columns, buffer);
+  }
+
+  // w columns of a row, or of two as pairs; `seen` becomes NaN where one is not finite.
+  F packed(const char* row, const char* next, int w, F& seen) {
+    const F x = V::template load_part<DT>(row, w);
+    seen = V::fma(x, V::zero(), seen);
+    if constexpr (PAIRS) {
+      if (next) seen = V::fma(V::template load_part<DT>(next, w), V::zero(), seen);
+      return V::zip_rows(row, next, w);
+    } else {
+      return x;
+    }
   }
 
   int64_t lse_place(int64_t row, const int64_t* stride) const {
@@ -125,20 +147,21 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
   // Rows of a panel as its lanes, with their columns in rows, as products with keys and values read them.
   void pack(const Rows& from, int64_t panel, float* out) {
     const int64_t first = p_.packed() ? it_.sequence.first_q * from.stride[2] : it_.b * from.stride[0];
-    pack_panel<V, DT, false, NQ>(p_, it_, {from.data, from.stride, from.columns, from.factor}, first,
-                                 it_.row0 + panel * W, out, buffer_);
+    pack_panel<V, DT, PAIRS, NQ>(p_, it_, {from.data, from.stride, from.columns, 1.0f}, first, it_.row0 + panel * W, out,
+                                 buffer_);
   }
 
   // grad_out . out of each row, summed in the order in which grad_out . value is: where one key has all the weight, the
   // two cancel to 0, as they should. What the LSE passes on is subtracted.
   void add_deltas(int64_t panel) {
-    pack({c_.out, c_.out_stride, c_.Ev, 1.0f}, panel, out_);
-    const float* above = above_ + panel * c_.Ev * W;
+    pack({c_.out, c_.out_stride, c_.Ev}, panel, out_);
+    const float* above = above_ + panel * value_words_ * W;
     float* delta = delta_ + panel * W;
     for (int q = 0; q < NQ; ++q) {
       F sum = V::zero();
-      for (int64_t i = q * V::N; i < c_.Ev * W; i += W) sum = V::fma(V::load(out_ + i), V::load(above + i), sum);
-      V::store(delta + q * V::N, V::div(sum, V::set1(p_.kept())));
+      for (int64_t i = q * V::N; i < value_words_ * W; i += W)
+        sum = multiply_add<V, PAIRS>(V::load(out_ + i), V::load(above + i), sum);
+      V::store(delta + q * V::N, sum);
     }
     for (int64_t lane = 0; g_.g.grad_lse && lane < real_lanes(panel); ++lane)
       delta[lane] -= g_.g.grad_lse[lse_place(it_.row0 + panel * W + lane, g_.g.grad_lse_stride)];
@@ -147,9 +170,14 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
   void load_values() {
     values_loaded_ = true;
     values_ = value_source_, value_stride_ = v_stride_[2] * kSize;
-    if (DT == THAL_F32 && this->in_place(v_stride_)) return;
-    widen_rows<V, DT>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
-    values_ = reinterpret_cast<const char*>(v_), value_stride_ = c_.Ev * 4;
+    const bool direct = PAIRS ? c_.Ev % 2 == 0 : DT == THAL_F32;
+    if (direct && this->in_place(v_stride_)) return;
+    if constexpr (PAIRS) {
+      copy_pair_rows(value_source_, v_stride_, count_, c_.Ev, value_words_, reinterpret_cast<char*>(v_));
+    } else {
+      widen_rows<V, DT>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
+    }
+    values_ = reinterpret_cast<const char*>(v_), value_stride_ = value_words_ * 4;
   }
 
   // Weights and score gradients of a panel, and its share of the gradient of the query. Returns the number of keys.
@@ -159,7 +187,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     const auto [n, partial] = this->score(panel, p, top, dots_);
     if (n == 0) return 0;
     if (!values_loaded_) load_values();
-    scores<V, false, NQ>(values_, value_stride_, n, above_ + panel * c_.Ev * W, c_.Ev, ds, top);
+    scores<V, PAIRS, NQ>(values_, value_stride_, n, above_ + panel * value_words_ * W, value_words_, ds, top);
     if (c_.dropout) draw(panel, n, ds);
     switch (partial) {
       case Partial::kNone:
@@ -179,11 +207,24 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     if (p_.has_score_mod) pull_back(panel, n, p, ds);
     if (c_.dropout)
       for (int64_t i = 0; i < n * W; ++i) reinterpret_cast<uint32_t*>(p)[i] &= kept_[i];
-    add_to_query(panel, n, ds);
     const int64_t whole = (n + V::kRows - 1) / V::kRows * V::kRows;  // add_outer reads whole groups of keys
     std::memset(p + n * W, 0, static_cast<size_t>((whole - n) * W) * 4);
     std::memset(ds + n * W, 0, static_cast<size_t>((whole - n) * W) * 4);
+    if constexpr (PAIRS) narrow(panel, whole, p, ds);
+    add_to_query(panel, n, ds);
     return n;
+  }
+
+  // Weights and gradients rounded to bf16, as the products of pairs read them.
+  void narrow(int64_t panel, int64_t keys, const float* p, const float* ds) {
+    float *weights = narrow_weights_ + panel * kPanel / 2, *gradients = narrow_gradients_ + panel * kPanel / 2;
+    for (int64_t j = 0; j < keys; ++j) {
+      V::template store_bf16<NQ>(weights + j * W / 2, p + j * W);
+      V::template store_bf16<NQ>(gradients + j * W / 2, ds + j * W);
+    }
+    for (int64_t j = 0; j < keys; j += 2)
+      for (int64_t i = j * W; i < j * W + W; i += V::N)
+        V::store(key_pairs_ + (i - j * W / 2), V::bf16_pairs(V::load(ds + i), V::load(ds + i + W)));
   }
 
   // Which weights dropout keeps; the gradients of the others are zeroed.
@@ -205,7 +246,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
   // Scores to weights, and the gradients of weights to those of scores, both in place.
   template <Partial P>
   void differentiate(int64_t panel, int64_t n, float* p, float* ds) {
-    const F factor = V::set1(p_.exp_factor);
+    const F factor = V::set1(p_.exp_factor), kept = V::set1(p_.kept());
     for (int q = 0; q < NQ; ++q) {
       if constexpr (P != Partial::kNone) this->template mask_scores<P>(panel, n, q, p);
       const F shift = V::load(shift_ + panel * W + q * V::N), delta = V::load(delta_ + panel * W + q * V::N);
@@ -213,7 +254,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
       for (int64_t j = 0; j < n; ++j, x += W, d += W) {
         const F weight = V::exp2(V::mul(V::sub(V::load(x), shift), factor));
         V::store(x, weight);
-        V::store(d, V::where_nonzero(weight, V::mul(weight, V::sub(V::load(d), delta))));
+        V::store(d, V::where_nonzero(weight, V::mul(weight, V::sub(V::mul(V::load(d), kept), delta))));
       }
     }
   }
@@ -250,14 +291,28 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     alignas(64) float ones[W];
     for (float& x : ones) x = 1.0f;
     float* dq = dq_ + panel * W * c_.E;
-    if (finite_keys_ < 0) finite_keys_ = all_finite<V, DT>(key_source_, k_stride_, count_, c_.E, buffer_);
-    if (finite_keys_) {
-      weighted_values<V, false, NQ>(keys_, key_stride_, c_.E, ds, n, dq, ones);
-      return;
+    if (finite_keys_ < 0) load_key_rows();
+    const float* weights = PAIRS ? key_pairs_ : ds;
+    weighted_values<V, PAIRS, NQ>(key_rows_, key_row_stride_, c_.E, weights, PAIRS ? (n + 1) / 2 : n, dq, ones);
+    if (!finite_keys_) add_wild_keys(n, ds, dq);
+  }
+
+  // The block's keys as the product with their gradients reads them, with 0 in place of what is not finite.
+  void load_key_rows() {
+    finite_keys_ = all_finite<V, DT>(key_source_, k_stride_, count_, c_.E, buffer_);
+    key_rows_ = reinterpret_cast<const char*>(clean_), key_row_stride_ = c_.E * 4;
+    if constexpr (PAIRS) {
+      zip_value_rows<V>(key_source_, k_stride_, count_, c_.E, clean_, buffer_);
+      if (!finite_keys_) clean<true>(clean_, (count_ + 1) / 2 * c_.E);
+    } else if (finite_keys_) {
+      key_rows_ = keys_, key_row_stride_ = key_stride_;
+    } else {
+      widen_rows<V, DT>(key_source_, k_stride_, count_, c_.E, clean_, buffer_);
+      clean<false>(clean_, count_ * c_.E);
     }
-    widen_rows<V, DT>(key_source_, k_stride_, count_, c_.E, clean_, buffer_);
-    zero_wild(clean_, count_ * c_.E);
-    weighted_values<V, false, NQ>(reinterpret_cast<const char*>(clean_), c_.E * 4, c_.E, ds, n, dq, ones);
+  }
+
+  void add_wild_keys(int64_t n, const float* ds, float* dq) const {
     for (int64_t j = 0; j < n; ++j)
       for (int64_t e = 0; e < c_.E; ++e) {
         const float x = scalar_as_float<V, DT>(key_source_ + (j * k_stride_[2] + e * k_stride_[3]) * kSize);
@@ -272,17 +327,16 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
     int64_t most = 0;
     for (int64_t panel = 0; panel < panels_; ++panel) most = larger(most, limits_[panel]);
     if (most == 0) return;
-    const Rows query{c_.q, c_.q_stride, c_.E, 1.0f}, above{g_.g.grad_out, g_.g.grad_out_stride, c_.Ev, p_.kept()};
-    add_products(gradients_, most, query, query_rows_, finite_query_, key_sums_, g_.key_width);
-    add_products(weights_, most, above, above_rows_, finite_above_, value_sums_, g_.value_width);
+    float *keys = key_sums_ + key0_ * g_.key_width, *values = value_sums_ + key0_ * g_.value_width;
+    add_products(PAIRS ? narrow_gradients_ : gradients_, most, query_rows_, c_.E, keys, g_.key_width);
+    add_products(PAIRS ? narrow_weights_ : weights_, most, above_rows_, c_.Ev, values, g_.value_width);
+    if (!finite_query_) add_wild_rows(gradients_, query(), keys, g_.key_width);
+    if (!finite_above_) add_wild_rows(weights_, above(), values, g_.value_width);
   }
 
-  void add_products(const float* weights, int64_t keys, const Rows& from, const float* packed, bool finite, float* sums,
-                    int64_t width) {
-    float* out = sums + key0_ * width;
-    const TileWeights w{weights, panels_, kPanel, it_.rows, limits_};
-    add_outer_block<V, W>(w, keys, packed, panels_ * W, from.columns, out, width);
-    if (!finite) add_wild_rows(weights, from, out, width);
+  void add_products(const float* weights, int64_t keys, const float* rows, int64_t columns, float* sums, int64_t width) {
+    const TileWeights w{reinterpret_cast<const char*>(weights), panels_, kPanel * (PAIRS ? 2 : 4), it_.rows, limits_};
+    add_outer_block<V, PAIRS, W>(w, keys, rows, depth(), columns, sums, width);
   }
 
   // What pack_rows left out, for the keys that the row sees.
@@ -291,7 +345,7 @@ class GradientTile : ScoreTile<V, DT, false, NQ> {
       const char* row = row_of(from.data, from.stride, it_.row0 + i);
       const float* w = weights + i / W * kPanel + i % W;
       for (int64_t e = 0; e < from.columns; ++e) {
-        const float x = scalar_as_float<V, DT>(row + e * from.stride[3] * kSize) * from.factor;
+        const float x = scalar_as_float<V, DT>(row + e * from.stride[3] * kSize);
         if (is_finite(x)) continue;
         for (int64_t j = 0; j < limits_[i / W]; ++j)
           if (w[j * W] != 0.0f) sums[j * width + e] += w[j * W] * x;
@@ -336,10 +390,10 @@ void store_key_gradients(const GradientPlan& g, const GradientItem& item, const 
       }
   };
   store(keys, g.key_width, c.E, g.g.grad_k, g.g.grad_k_stride, c.scale);
-  store(values, g.value_width, c.Ev, g.g.grad_v, g.g.grad_v_stride, 1.0f);
+  store(values, g.value_width, c.Ev, g.g.grad_v, g.g.grad_v_stride, g.p.kept());
 }
 
-template <class V, int DT>
+template <class V, int DT, bool PAIRS>
 void run_gradient(const GradientPlan& g, const GradientItem& item, char* scratch) {
   float* keys = item.partial ? item.partial : reinterpret_cast<float*>(scratch + g.at_keys);
   const int64_t rows = item.sequence.S + thal::kSpareKeys;
@@ -347,9 +401,9 @@ void run_gradient(const GradientPlan& g, const GradientItem& item, char* scratch
   for (int64_t tile = item.tile0; tile < item.tile0 + item.tiles; ++tile) {
     const Item it = thal::tile_item(g, item, tile);
     if (g.p.panel > V::N) {
-      GradientTile<V, DT, 2>(g, item, it, keys, scratch).run();
+      GradientTile<V, DT, PAIRS, 2>(g, item, it, keys, scratch).run();
     } else {
-      GradientTile<V, DT, 1>(g, item, it, keys, scratch).run();
+      GradientTile<V, DT, PAIRS, 1>(g, item, it, keys, scratch).run();
     }
   }
   if (!item.partial) store_key_gradients<V, DT>(g, item, keys);

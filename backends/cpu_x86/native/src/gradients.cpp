@@ -18,9 +18,6 @@ constexpr int64_t kCopiesMost = 16, kCopyBytes = int64_t{32} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Gradients are computed in float32 whatever the inputs are: VDPBF16PS would round the weights' gradients.
-const Isa* gradient_isa(const Isa* isa) { return isa->run_gradient[0] ? isa : &kAvx512; }
-
 bool sums_fit(const GradientPlan& g, const thal_contribution& c) {
   const thal_function& f = *g.p.call.score_mod;
   const auto results = static_cast<int64_t>(g.score_gradient.results.size());
@@ -135,6 +132,10 @@ void set_scratch(GradientPlan& g) {
   const int64_t rows = ceil_div(p.tile_rows, p.panel) * p.panel, pairs = rows * kKeyBlock * 4;
   g.at_weights = layout.take(pairs);
   g.at_gradients = layout.take(pairs);
+  const bool pairs_of_bf16 = p.isa->bf16_dot && c.dtype == THAL_BF16;
+  g.at_narrow_weights = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
+  g.at_narrow_gradients = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
+  g.at_key_pairs = layout.take(pairs_of_bf16 ? kKeyBlock * p.panel * 2 : 0);
   g.at_query_rows = layout.take(rows * g.key_width * 4);
   g.at_above = layout.take(rows * c.Ev * 4);
   g.at_above_rows = layout.take(rows * g.value_width * 4);
@@ -192,7 +193,7 @@ void add_to_pages(const GradientPlan& g, int64_t head) {
         for (int64_t e = 0; e < columns; ++e) row[e * stride[3]] += sums[e] * factor;
       };
       add(g.g.grad_k, g.g.grad_k_stride, keys + j * g.key_width, c.E, c.scale);
-      add(g.g.grad_v, g.g.grad_v_stride, values + j * g.value_width, c.Ev, 1.0f);
+      add(g.g.grad_v, g.g.grad_v_stride, values + j * g.value_width, c.Ev, g.p.kept());
     }
   }
 }
@@ -235,7 +236,6 @@ int64_t make_gradient_plan(const thal_attention& call, const thal_gradients& gra
   g.g = gradients;
   g.p.whole_rows = true;
   if (const int64_t needed = make_plan(call, g.p); needed < 0) return needed;
-  g.p.isa = gradient_isa(g.p.isa);
   if (const int code = decode_gradient(g)) return -code;
   if (gradients.mask_sum >= 0 && !mask_sum_fits(g)) return -THAL_BAD_SIZE;
   g.key_width = chunked_columns(call.E, g.p.lanes), g.value_width = chunked_columns(call.Ev, g.p.lanes);

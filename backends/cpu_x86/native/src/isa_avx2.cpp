@@ -10,6 +10,6 @@ const thal::Isa thal::kAvx2 = {
     {run_rows<Vec256, THAL_F32>, run_rows<Vec256, THAL_BF16>, run_rows<Vec256, THAL_F16>},
     fma_flops<Vec256>,
     run_program,
-    {run_gradient<Vec256, THAL_F32>, run_gradient<Vec256, THAL_BF16>, run_gradient<Vec256, THAL_F16>},
+    {run_gradient<Vec256, THAL_F32, false>, run_gradient<Vec256, THAL_BF16, false>, run_gradient<Vec256, THAL_F16, false>},
     {store_key_gradients<Vec256, THAL_F32>, store_key_gradients<Vec256, THAL_BF16>, store_key_gradients<Vec256, THAL_F16>},
 };

@@ -10,5 +10,6 @@ const thal::Isa thal::kAvx512Bf16 = {
     {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>},
     fma_flops<Vec512>,
     run_program,
-    {}, {},  // gradients keep 16-bit types widened, see gradient_isa
+    {run_gradient<Vec512, THAL_F32, false>, run_gradient<Vec512, THAL_BF16, true>, run_gradient<Vec512, THAL_F16, false>},
+    {store_key_gradients<Vec512, THAL_F32>, store_key_gradients<Vec512, THAL_BF16>, store_key_gradients<Vec512, THAL_F16>},
 };

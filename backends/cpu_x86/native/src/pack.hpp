@@ -112,6 +112,18 @@ inline void zero_wild(float* x, int64_t n) {
     if (!is_finite(x[i])) x[i] = 0.0f;
 }
 
+// The same for n words, float32 or pairs of bf16.
+template <bool PAIRS>
+inline void clean(float* x, int64_t n) {
+  if constexpr (!PAIRS) {
+    zero_wild(x, n);
+  } else {
+    auto* halves = reinterpret_cast<uint16_t*>(x);
+    for (int64_t i = 0; i < 2 * n; ++i)
+      if ((halves[i] & 0x7f80) == 0x7f80) halves[i] = 0;
+  }
+}
+
 // Words k .. k + N of one query row, multiplied by `factor` (1, -1, or a scale that is 0 or not finite: exact in bf16).
 template <class V, int DT, bool PAIRS>
 inline typename V::F query_words(const char* row, int64_t k, int64_t columns, float factor) {

@@ -140,6 +140,12 @@ struct Vec512 {
     std::memcpy(&words, &both, sizeof(words));
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, words));
   }
+  // NQ vectors rounded to bf16, side by side.
+  template <int NQ>
+  static void store_bf16(void* out, const float* x) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(NQ == 2 ? load(x + 16) : zero(), load(x));
+    std::memcpy(out, &both, NQ * 32);
+  }
 #endif
   static F negate_pairs(F x) {
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0x80008000u))));
