@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Graph
 from torchhal.problems import AttentionProblem
+from torchhal.reference import attention as reference
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
 from torchhal_cpu_x86 import gradients, programs
 
@@ -25,13 +27,20 @@ Run = Callable[..., Any]
 def is_needed(problem: AttentionProblem) -> bool:
     """Whether a problem is more than the plain operators serve."""
     functions = problem.score_mod is not None or problem.mask_mod is not None
-    return gradients.are_wanted(problem) or functions or problem.dropout or problem.block_size is not None or problem.layout != "dense"
+    return (
+        gradients.are_wanted(problem)
+        or functions
+        or problem.dropout
+        or problem.block_size is not None
+        or problem.layout != "dense"
+    )
 
 
 def runner(problem: AttentionProblem) -> Run:
     """The ``run`` of a plan: the operator with what the problem fixes bound."""
     described: dict[tuple[bool, bool, float], str] = {}
-    attend = _operator(problem)
+    plain = torch.ops.torchhal_cpu_x86.flex_attention.default
+    attend = _differentiable(problem) if gradients.are_wanted(problem) else plain
 
     def run(
         query: Tensor,
@@ -41,6 +50,8 @@ def runner(problem: AttentionProblem) -> Run:
         scale: float,
         operands: AttentionOperands | None,
     ) -> Any:
+        if forward_ad._current_level >= 0 and attend is not plain:  # tangents, which only plain torch carries
+            return reference.attention(problem, query, key, value, attn_mask, scale, operands)
         given = operands or AttentionOperands()
         kind = (given.kv_num_blocks is not None, given.full_kv_num_blocks is not None, given.dropout_p)
         text = described.get(kind)
@@ -58,24 +69,25 @@ def runner(problem: AttentionProblem) -> Run:
     return run
 
 
-def _operator(problem: AttentionProblem) -> Run:
-    """The native operator, which the backward pass of a differentiable one needs the gradient's description for."""
-    operators = torch.ops.torchhal_cpu_x86
-    if not gradients.are_wanted(problem):
-        return operators.flex_attention.default  # type: ignore[no-any-return]
-    text = gradients.describe(problem).text()
-
-    def attend(*arguments: Any) -> Any:
-        return operators.differentiable_attention.default(*arguments, text)
-
-    return attend
+def _differentiable(problem: AttentionProblem) -> Run:
+    """The operator that has a backward pass, with what that needs beside the tensors."""
+    operator, text = (
+        torch.ops.torchhal_cpu_x86.differentiable_attention.default,
+        gradients.describe(problem).text(),
+    )
+    return lambda *arguments: operator(*arguments, text)
 
 
 def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: bool, dropout_p: float) -> str:
     rows, keys = problem.block_size or (1, 1)
     score, mask = problem.score_mod, problem.mask_mod
     returns_lse = problem.return_lse or gradients.are_wanted(problem)  # which the backward pass starts from
-    numbers = [gradients.LAYOUTS[problem.layout], problem.is_causal, returns_lse, problem.mask_dtype is not None]
+    numbers = [
+        gradients.LAYOUTS[problem.layout],
+        problem.is_causal,
+        returns_lse,
+        problem.mask_dtype is not None,
+    ]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
     numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
     for graph in (score, mask):

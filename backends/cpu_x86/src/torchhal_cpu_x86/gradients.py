@@ -137,4 +137,9 @@ def fake(
     summed = ([operands[0]] if found.mask else []) + [operands[has_mask + i] for i in found.captured]
     kind = torch.float32 if int(description.split(" ", 1)[0]) == LAYOUTS["paged"] else query.dtype
     keys, values = (torch.empty_like(tensor, dtype=kind) for tensor in (key, value))
-    return torch.empty_like(query), keys, values, query.new_empty(sum(t.numel() for t in summed), dtype=torch.float64)
+    return (
+        torch.empty_like(query),
+        keys,
+        values,
+        query.new_empty(sum(t.numel() for t in summed), dtype=torch.float64),
+    )
