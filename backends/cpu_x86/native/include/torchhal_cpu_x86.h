@@ -188,6 +188,29 @@ THAL_API int thal_program_run(const int64_t* words, int64_t count, int32_t isa, 
                               int64_t input_count, const thal_captured* captured, int64_t captured_count, int32_t type,
                               void* out);
 
+/* A function mapped over lists of tensors: at every position, element by element, outputs = function(inputs). An output
+ * may be an input of the same position. */
+typedef struct thal_map {
+  uint32_t struct_size; /* sizeof(thal_map) */
+  int32_t isa;
+  const int64_t* words;
+  int64_t word_count;
+  int64_t inputs, outputs, positions;
+  const int32_t* output_types; /* of the function's results, places in torchhal.pointwise.dtypes.DTYPES */
+  const uint8_t* shared;       /* of each input: one element for all, at its position */
+  const int64_t* counts;       /* elements of each position */
+  const void* const* data;     /* (inputs, positions), contiguous */
+  void* const* out;            /* (outputs, positions), contiguous */
+  const thal_captured* captured;
+  int64_t captured_count;
+  int32_t num_threads;
+  int32_t reserved;
+  thal_parallel parallel; /* may be null when num_threads == 1 */
+  void* parallel_user;
+} thal_map;
+
+THAL_API int thal_map_run(const thal_map* map);
+
 /* Measurements. Each returns the result, or -code. */
 /* Best float32 FMA rate in GFLOP/s over `repeats` short runs on num_threads threads. */
 THAL_API double thal_measure_fma(int32_t isa, int32_t repeats, int32_t num_threads, thal_parallel parallel, void* user);

@@ -12,4 +12,5 @@ const thal::Isa thal::kAvx2 = {
     run_program,
     {run_gradient<Vec256, THAL_F32, false>, run_gradient<Vec256, THAL_BF16, false>, run_gradient<Vec256, THAL_F16, false>},
     {store_key_gradients<Vec256, THAL_F32>, store_key_gradients<Vec256, THAL_BF16>, store_key_gradients<Vec256, THAL_F16>},
+    run_map,
 };

@@ -12,4 +12,5 @@ const thal::Isa thal::kAvx512Bf16 = {
     run_program,
     {run_gradient<Vec512, THAL_F32, false>, run_gradient<Vec512, THAL_BF16, true>, run_gradient<Vec512, THAL_F16, false>},
     {store_key_gradients<Vec512, THAL_F32>, store_key_gradients<Vec512, THAL_BF16>, store_key_gradients<Vec512, THAL_F16>},
+    run_map,
 };

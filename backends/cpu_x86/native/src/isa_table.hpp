@@ -5,7 +5,7 @@
 #include "attention_rows.hpp"
 #include "attention_tile.hpp"
 #include "gradient_tile.hpp"
-#include "machine.hpp"
+#include "map_rows.hpp"
 
 namespace {
 

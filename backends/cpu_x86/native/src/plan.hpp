@@ -98,6 +98,7 @@ struct Item {
 
 struct GradientPlan;
 struct GradientItem;
+struct MapPlan;
 
 struct Isa {
   int lanes;
@@ -108,6 +109,7 @@ struct Isa {
   void (*run_program)(const Program&, const Frame&);
   void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const float* sums);
+  void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
 };
 
 extern const Isa kAvx2;

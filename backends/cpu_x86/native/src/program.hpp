@@ -94,6 +94,8 @@ struct Program {
   int64_t bytes = 0;  // of the machine's memory
 };
 
+constexpr int64_t kInputsMost = 64;
+
 // Bytes of an element while it is computed with: 16-bit floating values are kept as float32, small integers and
 // booleans (0 or 1) as int32.
 inline int64_t width_of(Type t) { return t == Type::kF64 || t == Type::kI64 ? 8 : 4; }
@@ -120,17 +122,16 @@ struct Frame {
   struct In {
     const void* data;  // kOne: one element, kLanes: kLanes of them, kRows: one for each row, kBlock: rows of kLanes
     int64_t stride;    // kBlock: elements from row to row
-  } in[8];
+  } in[kInputsMost];
   float factor;  // multiplied into input 0, where that is a float32 block
   const thal_captured* captured;
   char* memory;  // Program::bytes, aligned to 64
-  void* out;     // rows of kLanes elements of the wanted type's width
+  void* out;     // rows of kLanes elements of the wanted type's width; null: the sink takes all results
   int64_t out_stride;
   // Called after each chunk of rows, whose results are in memory then; may be null.
   void (*sink)(void* context, const Frame& frame, int64_t first, int64_t rows);
   void* sink_context;
 };
 
-constexpr int64_t kInputsMost = 8;
 
 }  // namespace thal

@@ -15,12 +15,12 @@ struct alignas(64) Share {
   int64_t end = 0;
 };
 
-// f(i, worker) once for every i in [0, count), on at most `workers` threads of the call's; worker < workers.
+// f(i, worker) once for every i in [0, count), on at most `workers` threads; worker < workers.
 //
 // Each worker begins with an equal share of neighbouring tasks, so that call after call a thread reads the memory that
 // it read before and that is near to it; what masks make uneven is evened out, as who is done takes from the others.
 template <class F>
-int run_tasks(const thal_attention& call, int64_t count, int64_t workers, F f) {
+int run_tasks(thal_parallel parallel, void* user, int64_t count, int64_t workers, F f) {
   if (workers <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i, 0);
     return THAL_OK;
@@ -42,7 +42,12 @@ int run_tasks(const thal_attention& call, int64_t count, int64_t workers, F f) {
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) r.f(i, worker);
     }
   };
-  return call.parallel(workers, work, &run, call.parallel_user) ? THAL_PARALLEL_FAILED : THAL_OK;
+  return parallel(workers, work, &run, user) ? THAL_PARALLEL_FAILED : THAL_OK;
+}
+
+template <class F>
+int run_tasks(const thal_attention& call, int64_t count, int64_t workers, F f) {
+  return run_tasks(call.parallel, call.parallel_user, count, workers, f);
 }
 
 // Start of the aligned part of a workspace.

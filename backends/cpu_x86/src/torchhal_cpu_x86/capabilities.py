@@ -7,7 +7,8 @@ from typing import Final
 import torch
 
 from torchhal import Capabilities
-from torchhal.problems import AttentionClaims
+from torchhal.pointwise.dtypes import DTYPES
+from torchhal.problems import AttentionClaims, ForeachClaims
 
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
@@ -26,5 +27,13 @@ CAPABILITIES: Final = Capabilities(
         backward=True,
         mask_gradient=True,
         captured_gradient=True,
+    ),
+    foreach=ForeachClaims(
+        dtypes=frozenset(DTYPES),
+        in_place=True,
+        scalars=True,
+        mixed_dtypes=True,
+        several_outputs=True,
+        captured_tensors=True,
     ),
 )

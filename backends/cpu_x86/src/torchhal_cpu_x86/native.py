@@ -99,6 +99,7 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_double,
         [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p],
     ),
+    "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_torch_register": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32]),
@@ -227,6 +228,17 @@ class Native:
         """Read GB/s over a buffer of `size` bytes, by all of torch's threads unless `threads` says otherwise."""
         count = threads or torch.get_num_threads()
         return self._checked(self.library.thal_measure_bandwidth(size, 3, count, *self._threads(count)))
+
+    def map(self, call: ctypes.Structure) -> None:
+        """Runs a ``thal_map``, in which ``parallel`` is what `parallel` gives."""
+        code = self.library.thal_map_run(ctypes.addressof(call))
+        if code:
+            raise RuntimeError(f"torchhal_cpu_x86 foreach: {self.library.thal_error_text(code).decode()}")
+
+    @functools.cached_property
+    def parallel(self) -> int:
+        """Address of the callback that runs tasks on torch's threads."""
+        return ctypes.cast(self.library.thal_torch_parallel, ctypes.c_void_p).value or 0
 
     def _threads(self, count: int) -> tuple[Any, None]:
         """The callback that runs tasks on torch's threads. More than torch has would share scratch, not cores."""

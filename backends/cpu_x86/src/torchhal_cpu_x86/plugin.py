@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torchhal import BackendInfo, Decline, Plan, hookimpl
-from torchhal.problems import AttentionProblem
-from torchhal_cpu_x86 import attention, hardware
+from torchhal.problems import AttentionProblem, ForeachProblem
+from torchhal_cpu_x86 import attention, foreach, hardware
 from torchhal_cpu_x86.capabilities import CAPABILITIES
 
 
@@ -24,3 +24,8 @@ def torchhal_backend() -> BackendInfo:
 @hookimpl
 def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
     return attention.plan(problem)
+
+
+@hookimpl
+def torchhal_foreach(problem: ForeachProblem) -> Plan | Decline | None:
+    return foreach.plan(problem)

@@ -1,0 +1,176 @@
+"""A program of the vector machine over lists of tensors: their memory made flat, and the call of the native library."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchhal.pointwise import Graph
+from torchhal_cpu_x86 import native, programs
+
+MOST_INPUTS: Final = 64
+"""As ``native/src/program.hpp`` has it."""
+
+
+class Column(NamedTuple):
+    """One operand: a tensor for each position, or one 0-dim tensor for all of them."""
+
+    items: Sequence[Tensor]
+    shared: bool = False
+
+    def at(self, positions: Sequence[int]) -> Column:
+        """The column at some positions."""
+        return self if self.shared else Column([self.items[position] for position in positions])
+
+
+def run(
+    graph: Graph,
+    columns: Sequence[Column],
+    captured: Sequence[Tensor],
+    out: Sequence[Sequence[Tensor]] | None = None,
+) -> tuple[list[Tensor], ...]:
+    """The results of ``graph`` at every position, each of the broadcast shape of all columns there.
+
+    Args:
+        graph: the function; its inputs have the columns' element types.
+        columns: one for each input, at least one of them not shared.
+        captured: the function's captured tensors, 0-dim.
+        out: for each output a list of destinations of the right shapes, of any strides and element type.
+    """
+    columns = _flattened(columns)
+    like = next(column.items for column in columns if not column.shared)
+    dtypes = [graph.nodes[node].dtype for node in graph.outputs]
+    if out is None:
+        results = [_new(like, dtype) for dtype in dtypes]
+        _call(graph, columns, captured, results)
+        return tuple(results)
+    written = [_writable(items, like, dtype) for items, dtype in zip(out, dtypes, strict=True)]
+    _call(graph, columns, captured, written)
+    for items, values in zip(out, written, strict=True):
+        for destination, value in zip(items, values, strict=True):
+            if destination is not value:
+                destination.copy_(value)
+    return tuple(list(items) for items in out)
+
+
+def shapes_agree(columns: Sequence[Column]) -> bool:
+    """Whether the tensors at each position have one shape."""
+    first, *others = [column.items for column in columns if not column.shared]
+    shapes = [tensor.shape for tensor in first]
+    return all([tensor.shape for tensor in items] == shapes for items in others)
+
+
+def _flattened(columns: Sequence[Column]) -> Sequence[Column]:
+    """Columns whose tensors at each position have one shape and one order in memory, and no gaps."""
+    lists = [column.items for column in columns if not column.shared]
+    if shapes_agree(columns) and all([t.is_contiguous() for items in lists for t in items]):  # noqa: C419 (a list is quicker)
+        return columns
+    positions = [_aligned(tensors) for tensors in zip(*lists, strict=True)]
+    rest = iter([list(items) for items in zip(*positions, strict=True)])
+    return [column if column.shared else Column(next(rest)) for column in columns]
+
+
+def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    first = tensors[0]
+    stride = first.stride()
+    if all(t.shape == first.shape and t.stride() == stride for t in tensors) and _is_dense(first):
+        return tensors
+    shape = torch.broadcast_shapes(*[t.shape for t in tensors])  # type: ignore[no-untyped-call]
+    return [t.expand(shape).contiguous() for t in tensors]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, each place once."""
+    step = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size == 1:
+            continue
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _new(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in like]
+
+
+def _writable(items: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The destinations themselves where results can be written there flat, new tensors elsewhere."""
+    return [
+        d
+        if d.dtype is dtype and d.stride() == t.stride() and d.shape == t.shape
+        else torch.empty_like(t, dtype=dtype)
+        for d, t in zip(items, like, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------- the native call
+
+
+class _Captured(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("dims", ctypes.c_int32),
+        ("sizes", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+    )
+
+
+class _Map(ctypes.Structure):
+    """``thal_map`` of torchhal_cpu_x86.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("isa", ctypes.c_int32),
+        ("words", ctypes.c_void_p),
+        ("word_count", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("output_types", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("captured", ctypes.c_void_p),
+        ("captured_count", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+        ("parallel_user", ctypes.c_void_p),
+    )
+
+
+def _call(
+    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
+) -> None:
+    length = len(results[0])
+    words = array("q", programs.encode(graph))
+    types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
+    shared = array("B", [column.shared for column in columns])
+    counts = array("q", [tensor.numel() for tensor in results[0]])
+    data = array("Q")
+    for column in columns:
+        data.extend([t.data_ptr() for t in column.items] * (length if column.shared else 1))
+    out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
+    tensors = (_Captured * len(captured))(
+        *[_Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
+    )
+    library = native.load()
+    call = _Map(
+        ctypes.sizeof(_Map), 0, _address(words), len(words), len(columns), len(results), length,
+        _address(types), _address(shared), _address(counts), _address(data), _address(out),
+        ctypes.addressof(tensors), len(captured), torch.get_num_threads(), 0, library.parallel, None,
+    )  # fmt: skip
+    library.map(call)
+
+
+def _address(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]
