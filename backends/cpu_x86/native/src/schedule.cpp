@@ -25,8 +25,11 @@ struct Run {
 
 void run_item(Run& run, int64_t i, char* scratch) {
   const Item it = item_at(run.plan, i);
-  const auto* table = run.plan.row_kernel ? run.isa.run_rows : run.isa.run_tile;
-  table[run.plan.call.dtype](run.plan, it, scratch);
+  const Plan& p = run.plan;
+  // Tiles are of float32 where keys and values are dequantised before the products.
+  const auto kernel = p.row_kernel ? run.isa.run_rows[p.stored_type]
+                                   : run.isa.run_tile[p.call.quantized ? THAL_F32 : p.call.dtype];
+  kernel(p, it, scratch);
 }
 
 uint16_t to_bf16(float x) {
@@ -111,6 +114,8 @@ int run_all(const Plan& p, const Isa& isa, int64_t count, int64_t workers, void 
 bool pointers_missing(const Plan& p) {
   const thal_attention& c = p.call;
   if ((c.Ev > 0 && !c.out) || !c.q) return true;
+  const thal_quantized* scaled = c.quantized;
+  if (p.most_keys > 0 && scaled && (!scaled->key_scale || !scaled->value_scale)) return true;
   return p.most_keys > 0 && (!c.k || (c.Ev > 0 && !c.v) || (c.mask_kind != THAL_MASK_NONE && !c.mask));
 }
 

@@ -40,6 +40,8 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
 def _functions(problem: AttentionProblem) -> str:
     """What else the kernels do, for a person."""
     parts = [] if problem.layout == "dense" else [f"{problem.layout} sequences"]
+    if problem.key_scale is not None:
+        parts.append("dequantised in registers")
     if problem.score_mod is not None or problem.mask_mod is not None:
         parts.append("functions by the vector machine")
     if problem.block_size is not None:

@@ -11,7 +11,7 @@ from torchhal.problems import AttentionClaims
 
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
-        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn}),
         layouts=frozenset({"dense", "varlen", "paged"}),
         causal=True,
         boolean_mask=True,
@@ -23,5 +23,6 @@ CAPABILITIES: Final = Capabilities(
         mask_mod=True,
         captured_tensors=True,
         dropout=True,
+        quantized_kv=True,
     ),
 )

@@ -28,7 +28,7 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
