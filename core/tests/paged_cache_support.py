@@ -16,9 +16,15 @@ HEADS, E, EV = 2, 8, 4
 def cache(pages: int = 8, page_size: int = 4, **options: Any) -> torchhal.PagedKVCache:
     """A cache whose slots hold NaN until they are written."""
     made = torchhal.PagedKVCache(pages, page_size, HEADS, E, EV, **options)
-    made.key_pages.fill_(NAN)
-    made.value_pages.fill_(NAN)
+    spoil(made, list(range(pages)))
     return made
+
+
+def spoil(held: torchhal.PagedKVCache, pages: list[int]) -> None:
+    """Put NaN into pages, and into their scales if they have any; int8, which has no NaN, is left as it is."""
+    for pool in (held.key_pages, held.value_pages, held.key_scale, held.value_scale):
+        if pool is not None and pool.dim() > 1 and pool.dtype is not torch.int8:
+            pool[pages] = NAN
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,13 +43,21 @@ def packed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
 def contents(held: torchhal.PagedKVCache, sequence: int) -> tuple[Tensor, Tensor]:
     """Keys (1, Hkv, S, E) and values of a sequence, read page by page through its page table."""
     pages, length = pages_of(held, sequence), int(held.seq_lens([sequence]))
+    pools = ((held.key_pages, held.key_scale), (held.value_pages, held.value_scale))
     keys, values = (
         torch.cat([pool[:0].transpose(0, 1).flatten(1, 2), *(pool[page] for page in pages)], dim=1)[
             None, :, :length
         ]
-        for pool in (held.key_pages, held.value_pages)
+        for pool in (dequantized(*each) for each in pools)
     )
     return keys, values
+
+
+def dequantized(pool: Tensor, scale: Tensor | None) -> Tensor:
+    """What a pool's stored numbers stand for, in float32; the pool itself where nothing is quantised."""
+    if scale is None:
+        return pool
+    return pool.float() * (scale[:, None, None] if scale.dim() == 1 else scale[..., None])
 
 
 def pages_of(held: torchhal.PagedKVCache, sequence: int) -> list[int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import doctest
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import oracle
 import pytest
 import torch
-from attention_calls import NAN, normal, plain
+from attention_calls import normal, plain
 from fake_backends import Install
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from paged_cache_support import HEADS, E, cache, contents, packed, pages_of, state, tokens
+from paged_cache_support import HEADS, E, cache, contents, packed, pages_of, spoil, state, tokens
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -71,6 +71,8 @@ LENGTHS = st.sampled_from([1, 2, 3, 0, 7, 12])
 class Life(RuleBasedStateMachine):
     """Whatever is asked of a cache, in whatever order, it agrees with the model after every step."""
 
+    options: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, backend: str) -> None:
         super().__init__()
         self.backend = backend
@@ -78,7 +80,7 @@ class Life(RuleBasedStateMachine):
 
     @initialize(pages=st.integers(2, 24), page_size=st.integers(1, 5), limit=st.none() | st.integers(2, 9))
     def begin(self, pages: int, page_size: int, limit: int | None) -> None:
-        self.cache = cache(pages, page_size, dtype=torch.float32, max_pages=limit)
+        self.cache = cache(pages, page_size, dtype=torch.float32, max_pages=limit, **self.options)
         self.model = Model(page_size)
 
     def new(self, length: int) -> tuple[Tensor, Tensor]:
@@ -154,8 +156,7 @@ class Life(RuleBasedStateMachine):
         self.cache.free(ended)
         self.model.free(ended)
         held = {page for s in self.cache.sequences for page in pages_of(self.cache, s)}
-        for pool in (self.cache.key_pages, self.cache.value_pages):
-            pool[[page for page in range(len(pool)) if page not in held]] = NAN
+        spoil(self.cache, [page for page in range(len(self.cache.key_pages)) if page not in held])
 
     @invariant()
     def contents_are_those_of_the_model(self) -> None:
@@ -200,9 +201,9 @@ class Life(RuleBasedStateMachine):
             assert_accurate(result[b : b + 1], expected, simple, k=6)
 
 
-def live(backend: str, examples: int) -> None:
+def live(backend: str, examples: int, kind: type[Life] = Life) -> None:
     rules = settings(max_examples=examples, stateful_step_count=30, deadline=None)
-    run_state_machine_as_test(lambda: Life(backend), settings=rules)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(lambda: kind(backend), settings=rules)  # type: ignore[no-untyped-call]
 
 
 def test_a_cache_agrees_with_a_plain_list_of_tokens_whatever_is_asked_of_it() -> None:

@@ -155,7 +155,7 @@ NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented
 NO_FORWARD = "forward AD|forward mode AD"
 
 
-FLEX = "0 0 1 1 0 0 1 1 -1 -1 0 0 0"
+FLEX = "0 0 1 1 0 0 1 1 -1 -1 0 0 0 0"
 """Dense attention with an LSE and a mask."""
 
 

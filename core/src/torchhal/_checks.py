@@ -17,6 +17,8 @@ _SHAPES = {
     ),
 }
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+"""Types that keys and values in pages may be stored in, with a scale."""
 
 
 def attention_fault(query: Tensor, key: Tensor, value: Tensor, layout: str, enable_gqa: bool) -> str:
@@ -24,7 +26,7 @@ def attention_fault(query: Tensor, key: Tensor, value: Tensor, layout: str, enab
     return (
         _kind_fault(query, key, value, layout)
         or _rank_fault(query, key, value, layout)
-        or _type_fault(query, key, value)
+        or _type_fault(query, key, value, layout)
         or _size_fault(query, key, value, layout)
         or _head_fault(query, key, layout, enable_gqa)
     )
@@ -63,9 +65,10 @@ def _rank_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
     return ""
 
 
-def _type_fault(query: Tensor, key: Tensor, value: Tensor) -> str:
+def _type_fault(query: Tensor, key: Tensor, value: Tensor, layout: str) -> str:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dtype not in FLOATING:
+        quantized = layout == "paged" and name != "query" and tensor.dtype in QUANTIZED
+        if tensor.dtype not in FLOATING and not quantized:
             known = ", ".join(str(t) for t in FLOATING)
             return (
                 f"{name} expects a floating type ({known}) and has {tensor.dtype}; convert it with .to(...)"
@@ -135,8 +138,8 @@ def check_varlen(query: Tensor, key: Tensor, operands: AttentionOperands) -> Non
         )
 
 
-def check_paged(query: Tensor, key: Tensor, operands: AttentionOperands) -> None:
-    """Ranks, types and sizes of page table and lengths; their content is data, and the backend's to check."""
+def check_paged(query: Tensor, key: Tensor, value: Tensor, operands: AttentionOperands) -> None:
+    """Ranks, types and sizes of page table, lengths and scales; their content is data, and the backend's to check."""
     _check_index_tensor("page_table", operands.page_table, query, 2, "(B, max_pages)")
     _check_index_tensor("seq_lens", operands.seq_lens, query, 1, "(B,)")
     for name, tensor in (("page_table", operands.page_table), ("seq_lens", operands.seq_lens)):
@@ -148,6 +151,49 @@ def check_paged(query: Tensor, key: Tensor, operands: AttentionOperands) -> None
         raise InvalidProblem(
             f"key_pages has a page size of 0: {_shape(key)}; a page holds at least one token"
         )
+    fault = (
+        _scale_fault("key", key, operands.key_scale)
+        or _scale_fault("value", value, operands.value_scale)
+        or _pages_fault(key, value)
+    )
+    if fault:
+        raise InvalidProblem(fault)
+
+
+def _scale_fault(name: str, pages: Tensor, scale: Tensor | None) -> str:
+    """The first thing wrong with a scale, or with pages that need one, or an empty string."""
+    label, known = f"{name}_scale", " or ".join(str(t) for t in QUANTIZED)
+    heads, page_size = pages.shape[1:3]
+    shapes = (
+        f"({heads},), one for each head, or {(pages.shape[0], heads, page_size)}, one for each token and head"
+    )
+    if pages.dtype not in QUANTIZED:
+        advice = f"leave it out, or quantise the pages to {known}"
+        return "" if scale is None else f"{label} is given and {name}_pages is {pages.dtype}; {advice}"
+    if scale is None:
+        return f"{name}_pages is {pages.dtype} and has no scale; pass {label}, float32 of shape {shapes}"
+    if not isinstance(scale, Tensor):
+        return f"{label} expects a float32 tensor of shape {shapes}, and got {type(scale).__name__}"
+    fault = storage_fault(label, scale)
+    if fault:
+        return fault
+    if scale.dtype is not torch.float32 or _shape(scale) not in (
+        (heads,),
+        (pages.shape[0], heads, page_size),
+    ):
+        return f"{label} expects float32 of shape {shapes}, and is {scale.dtype} {_shape(scale)}"
+    if scale.device != pages.device:
+        return f"{name}_pages is on {pages.device} and {label} on {scale.device}; move them to one device"
+    for part, tensor in ((f"{name}_pages", pages), (label, scale)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return f"{part} requires grad and no gradient reaches quantised pages; pass {part}.detach()"
+    return ""
+
+
+def _pages_fault(key: Tensor, value: Tensor) -> str:
+    if key.dtype is value.dtype or not {key.dtype, value.dtype} & set(QUANTIZED):
+        return ""
+    return f"key_pages is {key.dtype} and value_pages {value.dtype}; quantise both, to one type, or neither"
 
 
 def _check_index_tensor(name: str, tensor: Tensor | None, query: Tensor, rank: int, shape: str) -> None:

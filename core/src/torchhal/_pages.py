@@ -125,16 +125,21 @@ def check_sizes(sizes: dict[str, Any]) -> None:
 
 
 def checked_tokens(
-    batch: int, keys: Tensor, values: Tensor, pools: tuple[Tensor, Tensor], cu_seqlens: Tensor | None
+    batch: int,
+    keys: Tensor,
+    values: Tensor,
+    pools: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
 ) -> Tokens:
-    """The tokens of an append to ``batch`` sequences, packed.
+    """The tokens of an append to ``batch`` sequences, packed; of type ``dtype``, which a quantised pool's is not.
 
     Raises:
         InvalidProblem: tensors that do not fit the pools or each other, or lengths that do not fit them.
     """
     packed = cu_seqlens is not None
     for name, tensor, pool in (("keys", keys, pools[0]), ("values", values, pools[1])):
-        fault = _tensor_fault(name, tensor, pool, batch, packed)
+        fault = _tensor_fault(name, tensor, pool, dtype, batch, packed)
         if fault:
             raise InvalidProblem(fault)
     dim = 0 if packed else 2
@@ -149,7 +154,9 @@ def checked_tokens(
     return Tokens(rows[0], rows[1], [keys.shape[2]] * batch)
 
 
-def _tensor_fault(name: str, tensor: Tensor, pool: Tensor, batch: int, packed: bool) -> str:
+def _tensor_fault(
+    name: str, tensor: Tensor, pool: Tensor, dtype: torch.dtype, batch: int, packed: bool
+) -> str:
     """The first thing wrong with keys or values, or an empty string."""
     if not isinstance(tensor, Tensor):
         return f"{name} expects a tensor and got {type(tensor).__name__}"
@@ -164,8 +171,8 @@ def _tensor_fault(name: str, tensor: Tensor, pool: Tensor, batch: int, packed: b
             "tokens, heads, head size, with cu_seqlens" if packed else "sequences, heads, tokens, head size"
         )
         return f"{name} expects {shape}: {what}; and is {tuple(tensor.shape)}"
-    if tensor.dtype is not pool.dtype:
-        return f"{name} is {tensor.dtype} and the cache {pool.dtype}; convert it with .to({pool.dtype})"
+    if tensor.dtype is not dtype:
+        return f"{name} is {tensor.dtype} and the cache {dtype}; convert it with .to({dtype})"
     if tensor.device != pool.device:
         return f"{name} is on {tensor.device} and the cache on {pool.device}; move it to {pool.device}"
     if tensor.requires_grad and torch.is_grad_enabled():

@@ -231,6 +231,8 @@ def paged_attention(
     page_table: Tensor,
     seq_lens: Tensor,
     *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     is_causal: bool = False,
@@ -243,10 +245,14 @@ def paged_attention(
 
     Args:
         query: (B, Hq, L, E), the newest L tokens of each sequence: row i is at position ``seq_lens[b] - L + i``.
-        key_pages: (P, Hkv, page_size, E).
-        value_pages: (P, Hkv, page_size, Ev).
+        key_pages: (P, Hkv, page_size, E), floating point; or quantised, int8 or float8_e4m3fn, with ``key_scale``.
+        value_pages: (P, Hkv, page_size, Ev), quantised to the keys' type if they are.
         page_table: (B, max_pages) int32; logical page j of sequence b is physical page ``page_table[b, j]``.
         seq_lens: (B,) int32, keys of each sequence; slots and table entries beyond are never read.
+        key_scale: float32, for quantised pages alone: (Hkv,), one scale for each head, or (P, Hkv, page_size), one for
+            each token and head. A key's element is the stored number times its scale, in float32 (float64 for a float64
+            query). No gradient reaches it or the pages. Scales of slots beyond ``seq_lens`` are never read.
+        value_scale: the same for values; of either shape, whichever ``key_scale`` has.
         score_mod: as in :func:`attention`; ``kv_idx`` and ``q_idx`` are positions in the sequence.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, False hides.
         is_causal: hide keys after the query's position in the sequence.
@@ -267,6 +273,8 @@ def paged_attention(
             value_pages,
             page_table,
             seq_lens,
+            key_scale,
+            value_scale,
             score_mod,
             mask_mod,
             is_causal,
@@ -278,7 +286,16 @@ def paged_attention(
     functions = Functions(
         capture_score_mod(score_mod, query, key_pages, value_pages), capture_mask_mod(mask_mod)
     )
-    operands = operands_of(functions, None, 0.0, query, page_table=page_table, seq_lens=seq_lens)
+    operands = operands_of(
+        functions,
+        None,
+        0.0,
+        query,
+        page_table=page_table,
+        seq_lens=seq_lens,
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
     return run(
         Call(
             query,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
-from torchhal._checks import attention_fault, check_paged, check_varlen, mask_fault
+from torchhal._checks import QUANTIZED, attention_fault, check_paged, check_varlen, mask_fault
 from torchhal.errors import InvalidProblem
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Captured, capture_cached
@@ -106,7 +106,7 @@ def build_problem(call: Call) -> AttentionProblem:
     if call.layout == "varlen":
         check_varlen(query, key, operands)
     if call.layout == "paged":
-        check_paged(query, key, operands)
+        check_paged(query, key, value, operands)
     heads = 1 if call.layout != "varlen" else -2
     score, mask = call.functions
     return AttentionProblem(
@@ -127,8 +127,14 @@ def build_problem(call: Call) -> AttentionProblem:
         mask_mod=None if mask is None else mask.graph,
         block_size=call.block_size,
         page_size=int(key.shape[2]) if call.layout == "paged" else None,
+        key_scale=_scale_kind(operands.key_scale),
+        value_scale=_scale_kind(operands.value_scale),
         dropout=operands.dropout_p > 0.0,
     )
+
+
+def _scale_kind(scale: Tensor | None) -> str | None:
+    return None if scale is None else "head" if scale.dim() == 1 else "token"
 
 
 def _features(call: Call, operands: AttentionOperands) -> list[str]:
@@ -136,6 +142,7 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
     heads = 1 if call.layout != "varlen" else -2
     captured = (*operands.captured, *operands.mask_captured)
     grad = torch.is_grad_enabled()
+    quantized = key.dtype in QUANTIZED
     asked = {
         "causal": call.is_causal,
         "boolean_mask": mask is not None and mask.dtype is torch.bool,
@@ -147,7 +154,8 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
         "mask_mod": call.functions.mask_mod is not None or call.block_size is not None,
         "captured_tensors": bool(captured),
         "dropout": operands.dropout_p > 0.0,
-        "mixed_dtypes": not query.dtype == key.dtype == value.dtype,
+        "mixed_dtypes": not (quantized or query.dtype == key.dtype == value.dtype),
+        "quantized_kv": quantized,
         "backward": forward_ad._current_level >= 0
         or (grad and any(t.requires_grad for t in (query, key, value))),
         "mask_gradient": grad and mask is not None and mask.requires_grad,

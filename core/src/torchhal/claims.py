@@ -40,6 +40,9 @@ class AttentionClaims:
     """Are probabilities dropped by the counter-based generator of the reference?"""
     mixed_dtypes: bool = False
     """May query, key and value have different element types?"""
+    quantized_kv: bool = False
+    """May keys and values in pages be of an 8-bit type among ``dtypes``, int8 or float8_e4m3fn, with a float32 scale for
+    each head or for each token and head?"""
     backward: bool = False
     """Do gradients reach query, key and value?"""
     mask_gradient: bool = False

@@ -93,8 +93,13 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
     dense     (B, Hq, L, E); (B, Hkv, S, E|Ev)  None, or with the mods' tensors
     varlen    (T, Hq, E); (Tk, Hkv, E|Ev)       ``cu_seqlens_q``, ``cu_seqlens_k``: (B + 1,) int32
     paged     (B, Hq, L, E);                    ``page_table`` (B, max_pages) int32, ``seq_lens`` (B,)
-              (P, Hkv, page_size, E|Ev)         int32; query row i sits at seq_lens - L + i
+              (P, Hkv, page_size, E|Ev)         int32; query row i sits at seq_lens - L + i; with
+                                                quantised pages ``key_scale`` and ``value_scale``
     ========  ================================  =====================================================
+
+    Pages of int8 or float8_e4m3fn (the feature ``quantized_kv``; a backend claims the types it reads among its ``dtypes``)
+    hold numbers that stand for themselves times a float32 scale: (Hkv,) where ``problem.key_scale`` or
+    ``problem.value_scale`` is ``head``, (P, Hkv, page_size) where it is ``token``.
 
     ``attn_mask`` is None or broadcastable to (B, Hq, L, S); ``scale`` a float; ``operands.captured`` and
     ``operands.mask_captured`` the captured tensors of ``problem.score_mod`` and ``problem.mask_mod`` in
@@ -105,7 +110,7 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
         once for each distinct problem, on a plan-cache miss.
     Must
         accumulate in float32 or wider; give 0 and an LSE of -inf to rows that see no key; never let the
-        data of a hidden key or an unused page slot reach the output, NaN included; return the LSE as a
+        data of a hidden key or an unused page slot, or its scale, reach the output, NaN included; return the LSE as a
         natural logarithm, (B, Hq, L) or (T, Hq), float32 (float64 for float64); evaluate ``score_mod``
         on a float32 score (float64 for float64) with int32 indices; hide keys ``j > i`` when
         ``problem.is_causal`` (top-left alignment); accept any strides and lengths, zero included.

@@ -34,6 +34,11 @@ class AttentionOperands:
     """(B, max_pages) int32, physical page of each logical page; entries past the sequence are never read."""
     seq_lens: Tensor | None = None
     """(B,) int32, number of keys of each sequence of the paged layout."""
+    key_scale: Tensor | None = None
+    """Of quantised keys in pages, float32: (Hkv,) or (P, Hkv, page_size); a key's element is the stored number times it.
+    Scales of slots past the sequence are never read."""
+    value_scale: Tensor | None = None
+    """The same for values."""
     dropout_p: float = 0.0
     seed: Tensor | None = None
     """0-dim int64, seed of the dropout of this call."""

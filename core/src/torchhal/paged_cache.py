@@ -9,7 +9,6 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
-from torchhal._checks import FLOATING
 from torchhal._pages import (
     HOST,
     Growth,
@@ -23,6 +22,8 @@ from torchhal._pages import (
     pad_rows,
     places,
 )
+from torchhal._quantize import check_scale, quantized, stored_type, write
+from torchhal._text import dtype_name
 from torchhal.attention import paged_attention
 from torchhal.errors import InvalidProblem, PagedCacheFull
 
@@ -42,6 +43,13 @@ class PagedKVCache:
     Sequences take pages as they grow. A fork shares the pages of its origin, and a page that two sequences hold is
     copied when one of them writes to it. A call that fails, for want of pages or for anything else, changes nothing.
     The cache is for inference: it keeps no gradients. It serves one layer; a model has one for each.
+
+    With ``kv_dtype`` tokens are quantised as they are appended, in float32. Each token has a scale in each head, kept in
+    pages beside it: the largest magnitude there over 127 (int8) or 448 (float8_e4m3fn), at least 2**-126. Or each head has
+    one, given once. An element is divided by its scale and rounded to the nearest stored number, ties to even; beyond the
+    range of a given scale it becomes the largest. NaN or infinity in a head of a token makes its scale there NaN, and so
+    all of it. Under given scales they become NaN in float8_e4m3fn; int8 has none and refuses them, for which an append
+    waits for the device.
 
     The bookkeeping is on the host, and nothing is read back from the device but ``cu_seqlens`` that live there.
     Under ``torch.compile`` the methods are breaks in the graph; for one whole graph make :meth:`page_table` and
@@ -70,17 +78,27 @@ class PagedKVCache:
         value_head_size: elements Ev of a value; ``head_size`` by default.
         dtype: floating type of keys and values; torch's default by default.
         device: where the pool lives; torch's default by default.
+        kv_dtype: ``torch.int8`` or ``torch.float8_e4m3fn`` to store keys and values quantised; ``dtype`` is then the type
+            they are appended in. Stored as they come by default.
+        key_scale: with ``kv_dtype``, a float32 (Hkv,) tensor of positive numbers, the scale of each head's keys for good; by
+            default each token has scales of its own.
+        value_scale: the same for values.
         max_pages: the most pages one sequence may hold, and the width of every page table, which is then one shape
             for all calls; by default a sequence may grow as long as there are pages.
 
     Raises:
-        InvalidProblem: a size that is no positive integer, or a dtype that is not floating.
+        InvalidProblem: a size that is no positive integer, a type that is not one of those named, or scales that do not fit.
     """
 
     key_pages: Tensor
     """(P, Hkv, page_size, E); what no sequence has written holds anything, NaN included."""
     value_pages: Tensor
     """(P, Hkv, page_size, Ev), the same for values."""
+    key_scale: Tensor | None
+    """What :func:`torchhal.paged_attention` takes with the pages: (P, Hkv, page_size) float32, or (Hkv,) as given; None where
+    nothing is quantised."""
+    value_scale: Tensor | None
+    """The same for values."""
 
     def __init__(
         self,
@@ -91,6 +109,9 @@ class PagedKVCache:
         value_head_size: int | None = None,
         *,
         dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         device: torch.device | str | None = None,
         max_pages: int | None = None,
     ) -> None:
@@ -99,12 +120,14 @@ class PagedKVCache:
         sizes |= {"value_head_size": value_head_size, "max_pages": 1 if max_pages is None else max_pages}
         check_sizes(sizes)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in FLOATING:
-            known = ", ".join(str(t) for t in FLOATING)
-            raise InvalidProblem(f"dtype expects a floating type ({known}) and got {dtype}")
+        stored = stored_type(dtype, kv_dtype)
         with torch.inference_mode(False):  # an inference tensor could be written to in inference mode alone
-            self.key_pages = torch.empty(pages, kv_heads, page_size, head_size, dtype=dtype, device=device)
-            self.value_pages = self.key_pages.new_empty(pages, kv_heads, page_size, value_head_size)
+            slots = torch.empty(pages, kv_heads, page_size, 0, dtype=stored, device=device)
+            self.key_pages = slots.new_empty(*slots.shape[:3], head_size)
+            self.value_pages = slots.new_empty(*slots.shape[:3], value_head_size)
+            self.key_scale = check_scale("key_scale", key_scale, slots)
+            self.value_scale = check_scale("value_scale", value_scale, slots)
+        self._dtype = dtype
         self._max_pages = max_pages
         self._pool = Pool(pages)
         self._sequences: dict[int, SequenceState] = {}
@@ -139,7 +162,8 @@ class PagedKVCache:
 
     def __repr__(self) -> str:
         pages = f"{self.used_pages} of {self.key_pages.shape[0]} pages of {self.page_size} tokens in use"
-        return f"<PagedKVCache: {len(self._sequences)} sequences, {pages}>"
+        kept = "" if self.key_scale is None else f", stored as {dtype_name(self.key_pages.dtype)}"
+        return f"<PagedKVCache: {len(self._sequences)} sequences, {pages}{kept}>"
 
     # ------------------------------------------------------------------------ sequences
 
@@ -182,7 +206,7 @@ class PagedKVCache:
 
         Raises:
             InvalidProblem: an id that is not in use or comes twice; keys or values of another shape, type or device
-                than the cache's, or that require grad; lengths that do not fit.
+                than the cache's, or that require grad; lengths that do not fit; NaN or infinity for int8 under given scales.
             PagedCacheFull: there are fewer free pages than the new tokens need, copies of shared pages among them, or
                 a sequence would hold more than ``max_pages``.
         """
@@ -276,7 +300,16 @@ class PagedKVCache:
             Unsupported: as in :func:`torchhal.paged_attention`.
         """
         table, lengths = self.page_table(sequences), self.seq_lens(sequences)
-        return paged_attention(query, self.key_pages, self.value_pages, table, lengths, **options)
+        return paged_attention(
+            query,
+            self.key_pages,
+            self.value_pages,
+            table,
+            lengths,
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+            **options,
+        )
 
     # ------------------------------------------------------------------------ how
 
@@ -313,7 +346,8 @@ class PagedKVCache:
         The pool is told at the end: until then every write goes to a slot that no sequence counts as its own, and an
         error, in a copy that finds no memory for instance, leaves all as it was.
         """
-        tokens = checked_tokens(len(sequences), keys, values, (self.key_pages, self.value_pages), cu_seqlens)
+        pools = (self.key_pages, self.value_pages)
+        tokens = checked_tokens(len(sequences), keys, values, pools, self._dtype, cu_seqlens)
         growths = self._plan(sequences, tokens.counts)
         fresh = self._pool.next(sum(g.fresh for g in growths))
         after = grown(growths, fresh)
@@ -380,13 +414,16 @@ class PagedKVCache:
             return
         pairs = zip(growths, after, strict=True)
         copies = [int(s.pages[len(g.before.pages) - 1]) for g, s in pairs if g.copied is not None]
-        for pages in (self.key_pages, self.value_pages):
-            source, copy = (torch.tensor(p, device=pages.device) for p in (sources, copies))
-            pages[copy] = pages[source]
+        for pages in (self.key_pages, self.value_pages, self.key_scale, self.value_scale):
+            if pages is not None and pages.dim() > 1:  # a scale of each head belongs to no page
+                source, copy = (torch.tensor(p, device=pages.device) for p in (sources, copies))
+                pages[copy] = pages[source]
 
     def _write(self, growths: list[Growth], after: list[SequenceState], tokens: Tokens) -> None:
         if not sum(tokens.counts):
             return
         page, slot = places(growths, after, self.page_size).to(self.key_pages.device)
-        self.key_pages[page, :, slot] = tokens.keys
-        self.value_pages[page, :, slot] = tokens.values
+        keys = quantized("keys", tokens.keys, self.key_pages, self.key_scale)
+        values = quantized("values", tokens.values, self.value_pages, self.value_scale)
+        write(keys, page, slot, self.key_pages, self.key_scale)
+        write(values, page, slot, self.value_pages, self.value_scale)

@@ -118,6 +118,11 @@ class AttentionProblem(Problem):
     block_size: tuple[int, int] | None = None
     """Query and key block sizes of a BlockMask, None without one."""
     page_size: int | None = None
+    key_scale: str | None = None
+    """How keys in pages are scaled: ``head``, one scale for each head, or ``token``, one for each token and head; None where
+    they are not quantised."""
+    value_scale: str | None = None
+    """The same for values."""
     dropout: bool = False
 
     @cached_property

@@ -21,6 +21,8 @@ extern "C" {
 #define THAL_INTERFACE_VERSION 3
 
 enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
+/* Of quantised keys and values: signed bytes, and float8_e4m3fn (8 bits, 4 of exponent, no infinities). */
+enum { THAL_I8 = 3, THAL_F8 = 4, THAL_STORED_TYPES = 5 };
 
 /* AUTO takes the set chosen by thal_set_isa for the dtype (at first the widest one this CPU has). */
 enum { THAL_ISA_AUTO = 0, THAL_ISA_AVX2 = 1, THAL_ISA_AVX512 = 2, THAL_ISA_AVX512_BF16 = 3, THAL_ISAS = 4 };
@@ -31,7 +33,7 @@ enum { THAL_MASK_NONE = 0, THAL_MASK_BOOL = 1, THAL_MASK_F32 = 2, THAL_MASK_BF16
 enum {
   THAL_OK = 0,
   THAL_BAD_STRUCT = 1,    /* struct_size is not what this library was built with */
-  THAL_BAD_DTYPE = 2,
+  THAL_BAD_DTYPE = 2,     /* or quantised keys without pages */
   THAL_BAD_ISA = 3,       /* unknown, or not supported by this CPU or operating system */
   THAL_BAD_SIZE = 4,      /* negative size, E < 1, or Hq not a multiple of Hkv */
   THAL_BAD_POINTER = 5,   /* a needed pointer is null */
@@ -88,6 +90,14 @@ typedef struct thal_ragged {
   int64_t page_table_stride[2], columns, pages, page_size;
 } thal_ragged;
 
+/* Keys and values in pages whose elements are stored numbers times a scale of their head, or of their token and head. */
+typedef struct thal_quantized {
+  int32_t type; /* of k and v: THAL_I8 or THAL_F8 */
+  int32_t reserved;
+  const float *key_scale, *value_scale;
+  int64_t key_stride[3], value_stride[3]; /* (pages, Hkv, page_size); 0 where one scale serves all */
+} thal_quantized;
+
 /* The weight of a pair is dropped where its 32-bit word of Philox4x32-10 is below `threshold`, p * 2^32; those that stay
  * are divided by 1 - p. reference/dropout.py has the counters. */
 typedef struct thal_dropout {
@@ -99,7 +109,7 @@ typedef struct thal_dropout {
 
 typedef struct thal_attention {
   uint32_t struct_size; /* sizeof(thal_attention) */
-  int32_t dtype;        /* of q, k, v and out; arithmetic accumulates in float32 */
+  int32_t dtype;        /* of q, k, v and out, of k and v unless quantized; arithmetic accumulates in float32 */
   int32_t isa;
   int32_t is_causal; /* key j is visible to query i iff j <= i (top-left aligned) */
   int32_t mask_kind;
@@ -120,6 +130,7 @@ typedef struct thal_attention {
   const thal_blocks* blocks;                 /* null: none */
   const thal_dropout* dropout;               /* null: none */
   const thal_ragged* ragged;                 /* null: every sequence has L rows and S keys */
+  const thal_quantized* quantized;           /* null: k and v are of dtype; else ragged has pages */
   void* workspace; /* any alignment */
   int64_t workspace_size;
   thal_parallel parallel; /* may be null when num_threads == 1 */

@@ -1,5 +1,8 @@
 // Attention for few query rows (decoding): vectors run along the head dimension, so that every key and value is read
 // once, in the order it lies in memory, for all query heads of the group. Bound by memory bandwidth, not arithmetic.
+//
+// Quantised keys and values are read as they are stored, and their scales multiply scores and weights, one of each for a
+// key instead of one for an element. The stored numbers are exact in float32, so this rounds less than scaling them would.
 #pragma once
 
 #include "dropout.hpp"
@@ -9,6 +12,7 @@
 
 namespace {
 
+// DT is the type of keys and values.
 template <class V, int DT>
 class Rows {
   using F = typename V::F;
@@ -33,6 +37,8 @@ class Rows {
     int64_t at, count;  // place in the block
     int64_t keys_ahead, values_ahead;  // bytes from here to where the next block's keys begin
   };
+  static constexpr int64_t kScales = is_quantized<DT>() ? kBlock : 1;
+  alignas(64) float key_scales_[kScales], value_scales_[kScales];  // of the block, where keys and values are quantised
   struct Runs {
     const Run* first;
     int64_t count, stride;
@@ -44,7 +50,7 @@ class Rows {
  public:
   Rows(const Plan& p, const Item& it, char* scratch)
       : p_(p), it_(it), c_(p.call), rows_(it.rows), batch_(static_cast<int32_t>(it.b)), scratch_(scratch),
-        source_(p, it, kSize),
+        source_(p, it),
         blocks_(p, it, scratch + p.at_blocks) {
     const auto floats = [scratch](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
     const auto ints = [scratch](int64_t at) { return reinterpret_cast<int32_t*>(scratch + at); };
@@ -89,13 +95,7 @@ class Rows {
       max_[r] = -kInf;
       sum_[r] = 0.0f;
       const int64_t row = it_.row0 + r, l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
-      const char* src =
-          static_cast<const char*>(c.q) + (it_.sequence.q + h * c.q_stride[1] + l * c.q_stride[2]) * kSize;
-      src = contiguous_row<kSize>(src, c.q_stride[3], c.E, buffer_);
-      for (int64_t e = 0; e < width_; e += N) {
-        const F x = V::template load_part<DT>(src + e * kSize, static_cast<int>(smaller(N, c.E - e)));
-        V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
-      }
+      with_query_type<DT>(p_, [&](auto type) { load_query<decltype(type)::value>(r, h, l); });
       for (int64_t i = 0; p_.needs_indices() && i < kParts; ++i) {
         heads_[r * kParts + i] = static_cast<int32_t>(h);
         positions_[r * kParts + i] = static_cast<int32_t>(it_.sequence.first + l);
@@ -105,10 +105,23 @@ class Rows {
     std::memset(o_, 0, static_cast<size_t>(rows_ * value_width_) * 4);
   }
 
+  template <int T>
+  void load_query(int64_t r, int64_t h, int64_t l) {
+    constexpr int64_t size = size_of<T>();
+    const char* src =
+        static_cast<const char*>(c_.q) + (it_.sequence.q + h * c_.q_stride[1] + l * c_.q_stride[2]) * size;
+    src = contiguous_row<size>(src, c_.q_stride[3], c_.E, buffer_);
+    for (int64_t e = 0; e < width_; e += N) {
+      const F x = V::template load_part<T>(src + e * size, static_cast<int>(smaller(N, c_.E - e)));
+      V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
+    }
+  }
+
   void block() {
     if (!mask_block()) return;
     find_runs();
     for (const Run* run = runs_; run < runs_ + run_count_; ++run) score_run(*run);
+    if constexpr (is_quantized<DT>()) multiply_columns(key_scales_);
     if (p_.has_score_mod)
       modify_scores(p_, indices(), rows_ * kParts, scores_, thal::kLanes, scratch_ + p_.at_program);
     float alpha[N];
@@ -135,8 +148,22 @@ class Rows {
       const int64_t next = key0_ + kBlock + j;
       const KeyRun ahead = next < it_.sequence.S ? source_.run(next, 1) : run;
       runs_[run_count_++] = {run.keys, run.values, j, run.count, ahead.keys - run.keys, ahead.values - run.values};
+      if constexpr (is_quantized<DT>()) {
+        copy_scales(run.key_scale, c_.quantized->key_stride[2], run.count, key_scales_ + j);
+        copy_scales(run.value_scale, c_.quantized->value_stride[2], run.count, value_scales_ + j);
+      }
       j += run.count;
     }
+    for (int64_t j = count_; j < kScales; ++j) key_scales_[j] = value_scales_[j] = 0.0f;
+  }
+
+  // Scores or weights of all rows, each times the scale of its key.
+  void multiply_columns(const float* scales) {
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t j = 0; j < kBlock; j += N) {
+        float* s = scores_ + r * kBlock + j;
+        V::store(s, V::mul(V::load(s), V::load(scales + j)));
+      }
   }
 
   void score_run(const Run& run) {
@@ -149,19 +176,40 @@ class Rows {
   }
 
   void add_values(const float* alpha) {
-    bool wild = false;
-    for (const Run* run = runs_; masked_ && run < runs_ + run_count_; ++run)
-      wild |= !all_finite<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, buffer_);
+    const bool wild = masked_ && !finite_values();
+    if constexpr (is_quantized<DT>()) scale_weights(wild);
     if (!wild && c_.v_stride[3] == 1) {
       value_block<DT>(runs_, run_count_, c_.v_stride[2] * kSize, alpha);
       return;
     }
     for (const Run* run = runs_; run < runs_ + run_count_; ++run)
       widen_rows<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, v_ + run->at * c_.Ev, buffer_);
-    if (wild) zero_wild(v_, count_ * c_.Ev);
+    if (wild) zero_wild_values();
     const Run whole = {nullptr, reinterpret_cast<const char*>(v_), 0, count_, 0, 0};
     value_block<THAL_F32>(&whole, 1, c_.Ev * 4, alpha);
     for (const Run* run = runs_; wild && run < runs_ + run_count_; ++run) add_wild_values(*run);
+  }
+
+  bool finite_values() {
+    bool finite = true;
+    for (const Run* run = runs_; run < runs_ + run_count_; ++run)
+      finite &= all_finite<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, buffer_);
+    for (int64_t j = 0; j < kScales && j < count_; ++j) finite &= !is_quantized<DT>() || is_finite(value_scales_[j]);
+    return finite;
+  }
+
+  // A scale that is not finite waits for add_wild_values: a weight of 0 must not become NaN.
+  void scale_weights(bool wild) {
+    alignas(64) float tame[kScales];
+    for (int64_t j = 0; j < kScales; ++j) tame[j] = !wild || is_finite(value_scales_[j]) ? value_scales_[j] : 1.0f;
+    multiply_columns(tame);
+  }
+
+  // Zeroes what is not finite in the values of v_, and all of those whose scale is not.
+  void zero_wild_values() {
+    zero_wild(v_, count_ * c_.Ev);
+    for (int64_t j = 0; is_quantized<DT>() && j < count_; ++j)
+      if (!is_finite(value_scales_[j])) std::memset(v_ + j * c_.Ev, 0, static_cast<size_t>(c_.Ev) * 4);
   }
 
   float* bias(int64_t r) { return scores_ + (rows_ + r) * kBlock; }
@@ -346,11 +394,13 @@ class Rows {
       }
   }
 
-  // What zero_wild took out, for the rows that do see the key.
+  // What zero_wild_values took out, for the rows that do see the key.
   void add_wild_values(const Run& run) {
     for (int64_t j = 0; j < run.count; ++j)
       for (int64_t e = 0; e < c_.Ev; ++e) {
-        const float x = scalar_as_float<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        float x = scalar_as_float<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        if constexpr (is_quantized<DT>())
+          if (!is_finite(value_scales_[run.at + j])) x *= value_scales_[run.at + j];
         if (is_finite(x)) continue;
         for (int64_t r = 0; r < rows_; ++r)
           if (bias(r)[run.at + j] != -kInf) o_[r * value_width_ + e] += scores_[r * kBlock + run.at + j] * x;
@@ -362,7 +412,8 @@ class Rows {
     const F scale = it_.partial ? V::set1(1.0f) : V::mul(V::inverse_or_zero(V::set1(sum_[r])), V::set1(p_.kept()));
     for (int64_t e = 0; e < c_.Ev; e += N) {
       const int w = static_cast<int>(smaller(N, c_.Ev - e));
-      emit_columns<V, DT>(p_, it_, r, e, V::mul(V::load(o_ + r * value_width_ + e), scale), w);
+      const F x = V::mul(V::load(o_ + r * value_width_ + e), scale);
+      with_query_type<DT>(p_, [&](auto type) { emit_columns<V, decltype(type)::value>(p_, it_, r, e, x, w); });
     }
   }
 };

@@ -198,7 +198,9 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
         F t[V::N];
         for (int i = 0; i < V::N; ++i) t[i] = i < w ? V::mul(V::load(o + (e + i) * W + q * V::N), scale) : V::zero();
         V::transpose(t);
-        for (int64_t i = 0; i < rows; ++i) emit_columns<V, DT>(p_, it_, first + i, e, t[i], w);
+        with_query_type<DT>(p_, [&](auto type) {
+          for (int64_t i = 0; i < rows; ++i) emit_columns<V, decltype(type)::value>(p_, it_, first + i, e, t[i], w);
+        });
       }
     }
   }

@@ -21,6 +21,7 @@ struct Description {
   int64_t layout, is_causal, return_lse, has_mask, has_blocks, has_full_blocks, block_rows, block_keys;
   int64_t score_captured, mask_captured;  // -1: there is no such function
   int64_t dropout;                        // bits of the probability as a double, 0 without dropout
+  int64_t quantized;                      // pages alone: stored numbers and their scales
   std::vector<int64_t> score_words, mask_words;
 };
 
@@ -45,10 +46,10 @@ inline bool parse_numbers(const char* text, size_t size, std::vector<int64_t>& o
 
 inline bool parse(const char* text, size_t size, Description& d) {
   std::vector<int64_t> words;
-  if (!parse_numbers(text, size, words) || words.size() < 13) return false;
+  if (!parse_numbers(text, size, words) || words.size() < 14) return false;
   int64_t* const fields[] = {&d.layout,          &d.is_causal,  &d.return_lse, &d.has_mask,       &d.has_blocks,
                              &d.has_full_blocks, &d.block_rows, &d.block_keys, &d.score_captured, &d.mask_captured,
-                             &d.dropout};
+                             &d.dropout,         &d.quantized};
   size_t at = 0;
   for (int64_t* field : fields) *field = words[at++];
   for (std::vector<int64_t>* program : {&d.score_words, &d.mask_words}) {
@@ -59,7 +60,7 @@ inline bool parse(const char* text, size_t size, Description& d) {
     at += static_cast<size_t>(count);
   }
   return at == words.size() && d.layout >= kDense && d.layout <= kPaged && d.score_captured >= -1 &&
-         d.mask_captured >= -1;
+         d.mask_captured >= -1 && (!d.quantized || d.layout == kPaged);
 }
 
 // What this thread has parsed; models make few different calls.
@@ -88,6 +89,7 @@ class FlexCall : protected TorchCall {
   thal_blocks blocks_ = {};
   thal_dropout dropout_ = {};
   thal_ragged ragged_ = {};
+  thal_quantized quantized_ = {};
 
   FlexCall(uint64_t* stack, const char* name)
       : TorchCall(stack, name), list_(reinterpret_cast<List>(stack[3])), text_(reinterpret_cast<String>(stack[4])) {}
@@ -126,7 +128,7 @@ class FlexCall : protected TorchCall {
   bool read_main() {
     const int64_t dim = d_->layout == kVarlen ? 3 : 4;
     if (!read(tensor(0), "query", dim, dim, query_) || !read(tensor(1), "key", dim, dim, key_) ||
-        !read(tensor(2), "value", dim, dim, value_) || !describe_dtypes(c_, query_, key_, value_))
+        !read(tensor(2), "value", dim, dim, value_) || !describe_dtypes(c_, query_, key_, value_, d_->quantized))
       return false;
     double scale;
     std::memcpy(&scale, &stack_[5], sizeof(scale));
@@ -154,6 +156,7 @@ class FlexCall : protected TorchCall {
     if (d_->mask_captured >= 0) c_.mask_mod = &mask_mod_;
     if ((d_->has_blocks || d_->has_full_blocks) && !read_blocks()) return false;
     if (d_->layout != kDense && !(d_->layout == kVarlen ? read_starts() : read_pages())) return false;
+    if (d_->quantized && !read_scales()) return false;
     if (d_->dropout && !read_dropout()) return false;
     return next_ == operands_.size() || fail("there are %zu operands and the description names %zu", operands_.size(), next_);
   }
@@ -238,6 +241,31 @@ class FlexCall : protected TorchCall {
     std::copy(table.strides, table.strides + 2, ragged_.page_table_stride);
     ragged_.columns = table.sizes[1], ragged_.pages = key_.sizes[0], ragged_.page_size = key_.sizes[2];
     c_.ragged = &ragged_;
+    return true;
+  }
+
+  bool read_scales() {
+    const bool bytes = key_.dtype == torch.int8();
+    quantized_.type = bytes ? THAL_I8 : THAL_F8;
+    if ((!bytes && key_.dtype != torch.float8_e4m3fn()) || value_.dtype != key_.dtype)
+      return fail("quantised key and value must both be int8 or both float8_e4m3fn");
+    c_.quantized = &quantized_;
+    return read_scale("key_scale", quantized_.key_scale, quantized_.key_stride) &&
+           read_scale("value_scale", quantized_.value_scale, quantized_.value_stride);
+  }
+
+  // Of each head, or of each token and head.
+  bool read_scale(const char* name, const float*& data, int64_t* stride) {
+    View v;
+    if (!next(name, 1, 3, v)) return false;
+    if (v.dtype != torch.float32()) return fail("%s must be float32", name);
+    const int64_t* k = key_.sizes;
+    if (v.dim == 1 ? v.sizes[0] != k[1] : v.dim != 3 || !std::equal(k, k + 3, v.sizes))
+      return fail("%s %s must be (Hkv,) or (P, Hkv, page_size) of key %s", name, shape_of(v).c_str(),
+                  shape_of(key_).c_str());
+    data = static_cast<const float*>(v.data);
+    std::fill(stride, stride + 3, 0);
+    std::copy(v.strides, v.strides + v.dim, stride + (v.dim == 1));
     return true;
   }
 

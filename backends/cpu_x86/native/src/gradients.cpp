@@ -63,6 +63,7 @@ int decode_gradient(GradientPlan& g) {
 
 int check(const thal_attention& c, const thal_gradients& g) {
   if (g.struct_size != sizeof(thal_gradients)) return THAL_BAD_STRUCT;
+  if (c.quantized) return THAL_BAD_DTYPE;
   if (g.contribution_count < 0 || g.sum_count < 0 || (g.contribution_count && !g.contributions)) return THAL_BAD_SIZE;
   if (c.score_mod && (!g.words || g.word_count < 0)) return THAL_BAD_PROGRAM;
   return THAL_OK;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "plan.hpp"
 
@@ -14,9 +15,28 @@ using thal::Plan;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Whether elements are stored numbers times a scale.
+template <int DT>
+constexpr bool is_quantized() {
+  return DT == THAL_I8 || DT == THAL_F8;
+}
+
 template <int DT>
 constexpr int64_t size_of() {
-  return DT == THAL_F32 ? 4 : 2;
+  return DT == THAL_F32 ? 4 : is_quantized<DT>() ? 1 : 2;
+}
+
+// use(type) with the type of query and result as a constant. It is that of keys and values, but the kernels of quantised
+// ones, and of the float32 that they may be widened to, serve every type.
+template <int DT, class Use>
+inline void with_query_type(const Plan& p, Use use) {
+  if constexpr (DT == THAL_F32 || is_quantized<DT>()) {
+    if (p.call.dtype == THAL_BF16) return use(std::integral_constant<int, THAL_BF16>{});
+    if (p.call.dtype == THAL_F16) return use(std::integral_constant<int, THAL_F16>{});
+    use(std::integral_constant<int, THAL_F32>{});
+  } else {
+    use(std::integral_constant<int, DT>{});
+  }
 }
 
 inline float float_of_bits(uint32_t bits) {
@@ -31,6 +51,8 @@ inline float scalar_as_float(const char* p) {
     float x;
     std::memcpy(&x, p, 4);
     return x;
+  } else if constexpr (is_quantized<DT>()) {
+    return V::reduce_add(V::template load_part<DT>(p, 1));
   } else {
     uint16_t h;
     std::memcpy(&h, p, 2);
@@ -93,6 +115,7 @@ void zip_value_rows(const char* src, const int64_t* stride, int64_t n, int64_t c
 template <class V, int DT>
 bool all_finite(const char* src, const int64_t* stride, int64_t n, int64_t columns, char* buffer) {
   constexpr int64_t size = size_of<DT>();
+  if (DT == THAL_I8) return true;
   typename V::F seen = V::zero();  // x * 0 is NaN exactly for infinities and NaN
   for (int64_t j = 0; j < n; ++j) {
     const char* row = contiguous_row<size>(src + j * stride[2] * size, stride[3], columns, buffer);

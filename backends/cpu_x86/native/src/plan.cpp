@@ -24,6 +24,8 @@ int check(const thal_attention& c) {
   if (c.Hkv ? c.Hq % c.Hkv : c.Hq) return THAL_BAD_SIZE;
   if (c.S > INT32_MAX || c.L > INT32_MAX) return THAL_BAD_SIZE;  // causal limits are kept in 32 bits
   if (c.dropout && c.dropout->threshold > uint64_t{1} << 32) return THAL_BAD_SIZE;
+  if (c.quantized && !(c.ragged && c.ragged->lengths)) return THAL_BAD_DTYPE;
+  if (c.quantized && c.quantized->type != THAL_I8 && c.quantized->type != THAL_F8) return THAL_BAD_DTYPE;
   if (c.num_threads < 1 || (c.num_threads > 1 && !c.parallel)) return THAL_BAD_THREADS;
   return THAL_OK;
 }
@@ -115,7 +117,7 @@ void set_scratch(Plan& p) {
   p.at_key_index = take(functions ? (p.row_kernel ? block * rows : ceil_div(block, kLanes) * kLanes) * 4 : 0);
   p.at_blocks = take(c.blocks ? block_table_bytes(p, rows) : 0);
   const bool staged = c.ragged && c.ragged->lengths && !p.row_kernel;
-  const int64_t size = c.dtype == THAL_F32 ? 4 : 2;
+  const int64_t size = c.quantized || c.dtype == THAL_F32 ? 4 : 2;  // quantised rows are dequantised there
   p.at_stage_k = take(staged ? block * c.E * size : 0);
   p.at_stage_v = take(staged ? block * c.Ev * size : 0);
   p.scratch_bytes = layout.at;
@@ -131,6 +133,7 @@ int64_t make_plan(const thal_attention& call, Plan& p) {
   if (!p.isa) return -THAL_BAD_ISA;
   p.call = call;
   p.call.isa = isa;
+  p.stored_type = call.quantized ? call.quantized->type : call.dtype;
   p.group = call.Hkv ? call.Hq / call.Hkv : 0;
   p.has_score_mod = call.score_mod, p.has_mask_mod = call.mask_mod;
   if (const int code = make_sequences(p)) return -code;
@@ -177,7 +180,7 @@ extern "C" const char* thal_error_text(int code) {
     case THAL_BAD_STRUCT:
       return "the descriptor's struct_size differs from this library's: header and library do not match";
     case THAL_BAD_DTYPE:
-      return "unknown dtype or mask kind";
+      return "unknown dtype or mask kind, or quantised keys that lie in no pages";
     case THAL_BAD_ISA:
       return "unknown instruction set, or one this CPU or operating system does not support";
     case THAL_BAD_SIZE:

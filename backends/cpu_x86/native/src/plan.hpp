@@ -55,6 +55,7 @@ struct Plan {
   int64_t lanes;       // float32 lanes per vector of the chosen instruction set
   int64_t panel;       // query rows per register panel
   int64_t tile_rows;   // query rows per item
+  int32_t stored_type;  // of keys and values: the call's dtype, or that of quantised ones
   int64_t split_keys;  // keys per item, where a tile's keys are split; depends on sizes only
   int64_t items, parts;
   bool whole_rows = false;  // set before planning: tiles alone, each with all its keys, as gradients need them
@@ -104,7 +105,7 @@ struct Isa {
   int lanes;
   bool bf16_dot;
   void (*run_tile[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
-  void (*run_rows[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
+  void (*run_rows[THAL_STORED_TYPES])(const Plan&, const Item&, char* scratch);
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
   void (*run_program)(const Program&, const Frame&);
   void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);

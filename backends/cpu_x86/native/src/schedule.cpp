@@ -12,8 +12,10 @@ namespace thal {
 namespace {
 
 void run_item(const Plan& p, int64_t i, char* scratch) {
-  const auto* table = p.row_kernel ? p.isa->run_rows : p.isa->run_tile;
-  table[p.call.dtype](p, item_at(p, i), scratch);
+  // Tiles are of float32 where keys and values are dequantised before the products.
+  const auto kernel = p.row_kernel ? p.isa->run_rows[p.stored_type]
+                                   : p.isa->run_tile[p.call.quantized ? THAL_F32 : p.call.dtype];
+  kernel(p, item_at(p, i), scratch);
 }
 
 uint16_t to_bf16(float x) {
@@ -83,6 +85,8 @@ void merge_part(const Plan& p, int64_t part, char* scratch) {
 bool pointers_missing(const Plan& p) {
   const thal_attention& c = p.call;
   if ((c.Ev > 0 && !c.out) || !c.q) return true;
+  const thal_quantized* scaled = c.quantized;
+  if (p.most_keys > 0 && scaled && (!scaled->key_scale || !scaled->value_scale)) return true;
   return p.most_keys > 0 && (!c.k || (c.Ev > 0 && !c.v) || (c.mask_kind != THAL_MASK_NONE && !c.mask));
 }
 

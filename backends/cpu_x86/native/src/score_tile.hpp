@@ -46,7 +46,7 @@ class ScoreTile {
   int finite_;  // are the block's values finite: -1 unknown, else 0 or 1
 
   ScoreTile(const Plan& p, const Item& it, char* scratch)
-      : p_(p), it_(it), c_(p.call), batch_(static_cast<int32_t>(it.b)), scratch_(scratch), source_(p, it, kSize),
+      : p_(p), it_(it), c_(p.call), batch_(static_cast<int32_t>(it.b)), scratch_(scratch), source_(p, it),
         blocks_(p, it, scratch + p.at_blocks) {
     q_ = floats(p.at_q), k_ = floats(p.at_k), bias_ = floats(p.at_bias);
     limit_ = ints(p.at_limit), visible_ = ints(p.at_visible), heads_ = ints(p.at_heads);
@@ -69,8 +69,10 @@ class ScoreTile {
       heads_[i] = static_cast<int32_t>(it_.kv_head * p_.group + row % p_.group);
       positions_[i] = static_cast<int32_t>(it_.sequence.first + row / p_.group);
     }
-    for (int64_t i = 0; i < panels_; ++i)
-      pack_query<V, DT, PAIRS, NQ>(p_, it_, it_.row0 + i * W, q_ + i * words_ * W, buffer_);
+    with_query_type<DT>(p_, [this](auto type) {
+      for (int64_t i = 0; i < panels_; ++i)
+        pack_query<V, decltype(type)::value, PAIRS, NQ>(p_, it_, it_.row0 + i * W, q_ + i * words_ * W, buffer_);
+    });
   }
 
   // f() for each block of keys that a row may see.
@@ -115,21 +117,32 @@ class ScoreTile {
     return stride[3] == 1 && bytes >= 0 && bytes <= 16384 && bytes % 4096 != 0;
   }
 
-  // The block's rows as they lie, or copied together from their pages.
+  // The block's rows as they lie, or copied together from their pages, or dequantised.
   void find_block() {
+    char *keys = scratch_ + p_.at_stage_k, *values = scratch_ + p_.at_stage_v;
     std::memcpy(k_stride_, c_.k_stride, sizeof(k_stride_));
     std::memcpy(v_stride_, c_.v_stride, sizeof(v_stride_));
+    if constexpr (DT == THAL_F32) {
+      if (c_.quantized) {
+        dequantize_block<V>(c_, source_, key0_, count_, keys, values, buffer_);
+        use_staged(keys, values);
+        return;
+      }
+    }
     const KeyRun first = source_.run(key0_, count_);
     key_source_ = first.keys, value_source_ = first.values;
     if (first.count == count_) return;
-    char *keys = scratch_ + p_.at_stage_k, *values = scratch_ + p_.at_stage_v;
-    key_source_ = keys, value_source_ = values;
     for (int64_t j = 0; j < count_;) {
       const KeyRun run = source_.run(key0_ + j, count_ - j);
       copy_rows<kSize>(run.keys, c_.k_stride, run.count, c_.E, keys + j * c_.E * kSize);
       copy_rows<kSize>(run.values, c_.v_stride, run.count, c_.Ev, values + j * c_.Ev * kSize);
       j += run.count;
     }
+    use_staged(keys, values);
+  }
+
+  void use_staged(const char* keys, const char* values) {
+    key_source_ = keys, value_source_ = values;
     k_stride_[2] = c_.E, v_stride_[2] = c_.Ev, k_stride_[3] = v_stride_[3] = 1;
   }
 

@@ -105,11 +105,11 @@ class TorchCall {
     return dtype == torch.float16() ? THAL_F16 : -1;
   }
 
-  bool describe_dtypes(thal_attention& c, const View& query, const View& key, const View& value) {
+  bool describe_dtypes(thal_attention& c, const View& query, const View& key, const View& value, bool quantized = false) {
     c.struct_size = sizeof(c);
     c.dtype = code_of(query.dtype);
     if (c.dtype < 0) return fail("dtype must be float32, bfloat16 or float16");
-    if (key.dtype != query.dtype || value.dtype != query.dtype)
+    if (!quantized && (key.dtype != query.dtype || value.dtype != query.dtype))
       return fail("query, key and value must have the same dtype");
     c.q = query.data, c.k = key.data, c.v = value.data;
     return true;

@@ -43,6 +43,7 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
   X(int16, int32_t, (), aoti_torch_dtype_int16)                                                                       \
   X(int8, int32_t, (), aoti_torch_dtype_int8)                                                                         \
   X(uint8, int32_t, (), aoti_torch_dtype_uint8)                                                                       \
+  X(float8_e4m3fn, int32_t, (), aoti_torch_dtype_float8_e4m3fn)                                                       \
   X(list_size, int32_t, (List, size_t*), torch_list_size)                                                             \
   X(list_item, int32_t, (List, size_t, uint64_t*), torch_list_get_item)                                               \
   X(release_list, int32_t, (List), torch_delete_list)                                                                 \

@@ -65,14 +65,33 @@ struct Vec256 {
     if (DT == THAL_F16) return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
+  // Eight float8_e4m3fn. Their bits are those of a float16 with a smaller bias, subnormal numbers included: 2^8 is what is
+  // missing. NaN, all bits of a number's magnitude, would be 480.
+  static F widen_f8(__m128i bytes) {
+    const __m128i h = _mm_cvtepi8_epi16(bytes), magnitude = _mm_set1_epi16(0x7f);
+    const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(h, magnitude), magnitude);
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(h, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
+    return mul(_mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)))), set1(256.0f));
+  }
+  template <int DT>
+  static F widen_bytes(__m128i bytes) {
+    if (DT == THAL_F8) return widen_f8(bytes);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return load(static_cast<const float*>(p));
+    if (DT == THAL_I8 || DT == THAL_F8) return widen_bytes<DT>(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
     return widen<DT>(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
   template <int DT>
   static F load_part(const void* p, int n) {
     if (DT == THAL_F32) return load_words(p, n);
+    if (DT == THAL_I8 || DT == THAL_F8) {
+      uint64_t bytes = 0;
+      std::memcpy(&bytes, p, static_cast<size_t>(n));
+      return widen_bytes<DT>(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+    }
     return widen<DT>(load_half(p, n));
   }
   static __m128i round_bf16(F x) {

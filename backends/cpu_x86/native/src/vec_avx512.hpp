@@ -44,15 +44,30 @@ struct Vec512 {
   // Lanes below n of a row of 32-bit words, the rest zero.
   static F load_words(const void* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 
+  // Sixteen float8_e4m3fn. Their bits are those of a float16 with a smaller bias, subnormal numbers included: 2^8 is what
+  // is missing. NaN, all bits of a number's magnitude, would be 480.
+  static F widen_f8(__m128i bytes) {
+    const __m256i h = _mm256_cvtepi8_epi16(bytes), magnitude = _mm256_set1_epi16(0x3f80);
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(h, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(half, magnitude), magnitude);
+    return mul(_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00))), set1(256.0f));
+  }
+  template <int DT>
+  static F widen_bytes(__m128i bytes) {
+    if (DT == THAL_F8) return widen_f8(bytes);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return _mm512_loadu_ps(p);
+    if (DT == THAL_I8 || DT == THAL_F8) return widen_bytes<DT>(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return widen<DT>(h);
   }
   template <int DT>
   static F load_part(const void* p, int n) {
     if (DT == THAL_F32) return _mm512_maskz_loadu_ps(first(n), p);
+    if (DT == THAL_I8 || DT == THAL_F8) return widen_bytes<DT>(_mm_maskz_loadu_epi8(first(n), p));
     return widen<DT>(_mm256_maskz_loadu_epi16(first(n), p));
   }
   template <int DT>

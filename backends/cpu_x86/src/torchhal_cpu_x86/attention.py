@@ -25,6 +25,10 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
             "mask_dtype",
             f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
         )
+    if "quantized_kv" in problem.features and gradients.are_wanted(problem):
+        return Decline(
+            "quantized_gradient", "quantised keys and values belong to inference; dequantise them to train"
+        )
     isa = native.load().get_isa(problem.query_dtype)
     needs_flex = flex.is_needed(problem)
     return Plan(
@@ -41,6 +45,8 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
 def _functions(problem: AttentionProblem) -> str:
     """What else the kernels do, for a person."""
     parts = [] if problem.layout == "dense" else [f"{problem.layout} sequences"]
+    if problem.key_scale is not None:
+        parts.append("dequantised in registers")
     if problem.score_mod is not None or problem.mask_mod is not None:
         parts.append("functions by the vector machine")
     if problem.block_size is not None:

@@ -12,7 +12,7 @@ from torchhal.problems import AttentionClaims, ForeachClaims
 
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
-        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn}),
         layouts=frozenset({"dense", "varlen", "paged"}),
         causal=True,
         boolean_mask=True,
@@ -27,6 +27,7 @@ CAPABILITIES: Final = Capabilities(
         backward=True,
         mask_gradient=True,
         captured_gradient=True,
+        quantized_kv=True,
     ),
     foreach=ForeachClaims(
         dtypes=frozenset(DTYPES),

@@ -89,7 +89,7 @@ def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: b
         problem.mask_dtype is not None,
     ]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
-    numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
+    numbers += [programs.double_bits(dropout_p) if problem.dropout else 0, problem.key_scale is not None]
     for graph in (score, mask):
         words = programs.encode(graph) if graph is not None else ()
         numbers += [len(words), *words]
@@ -115,6 +115,8 @@ def _tensors(attn_mask: Tensor | None, operands: AttentionOperands) -> list[Tens
     tensors += [tensor.contiguous() for tensor in lengths if tensor is not None]
     if operands.page_table is not None and operands.seq_lens is not None:
         tensors += [operands.page_table, operands.seq_lens.contiguous()]
+    if operands.key_scale is not None and operands.value_scale is not None:
+        tensors += [operands.key_scale, operands.value_scale]
     return [*tensors, operands.seed] if operands.seed is not None else tensors
 
 

@@ -97,8 +97,9 @@ def varlen_attention(
 
 
 def paged_attention(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, seq_lens: Tensor, score_mod: Any, mask_mod: Any,
-    is_causal: bool, scale: float | None, enable_gqa: bool, return_lse: bool, backend: str | None,
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, seq_lens: Tensor, key_scale: Tensor | None,
+    value_scale: Tensor | None, score_mod: Any, mask_mod: Any, is_causal: bool, scale: float | None, enable_gqa: bool,
+    return_lse: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.paged_attention`."""
     tensors = {
@@ -108,6 +109,10 @@ def paged_attention(
         "page_table": page_table,
         "seq_lens": seq_lens,
     }
+    if key_scale is not None:
+        tensors["key_scale"] = key_scale
+    if value_scale is not None:
+        tensors["value_scale"] = value_scale
     return _record(
         "paged", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, 0.0, return_lse, backend
     )

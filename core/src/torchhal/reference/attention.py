@@ -1,6 +1,7 @@
 """What attention means: the executable specification of ``torchhal_attention``, in plain torch.
 
-In this order, for each query row i and key j:
+An element of quantised keys and values, in pages, is the stored number times its scale, in float32, or in float64 if the
+query is that. Then, in this order, for each query row i and key j:
 
 1. ``score = (query_i . key_j) * scale`` in float32, or in float64 if query, key or value is float64;
 2. ``score_mod(score, b, h, q_idx, kv_idx)``, with ``h`` the *query* head and int32 indices;

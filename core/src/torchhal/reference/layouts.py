@@ -52,7 +52,7 @@ def varlen_pieces(whole: Piece, operands: AttentionOperands) -> Iterator[Piece]:
 
 
 def paged_pieces(whole: Piece, operands: AttentionOperands) -> Iterator[Piece]:
-    """One piece for each sequence of a paged call, its used pages of (P, H, page_size, E) gathered in order.
+    """One piece for each sequence of a paged call, its used pages of (P, H, page_size, E) gathered in order and dequantised.
 
     The query rows are the newest tokens: row i stands at position ``seq_lens - L + i``. Slots and entries
     of the page table beyond ``seq_lens`` are never read.
@@ -65,7 +65,8 @@ def paged_pieces(whole: Piece, operands: AttentionOperands) -> Iterator[Piece]:
     rows = whole.query.shape[2]
     for b, length in enumerate(lengths.tolist()):
         used = _used_pages(table, b, length, whole.key)
-        keys, values = (_gather(pages, used, length) for pages in (whole.key, whole.value))
+        halves = ((whole.key, operands.key_scale), (whole.value, operands.value_scale))
+        keys, values = (_sequence(pages, scale, used, length, whole.query.dtype) for pages, scale in halves)
         mask = slice_mask(whole.mask, b, rows, length)
         yield Piece(whole.query[b : b + 1], keys, values, mask, first_batch=b, first_query=length - rows)
 
@@ -141,6 +142,19 @@ def _used_pages(table: Tensor, b: int, length: int, pages: Tensor) -> Tensor:
             why = f"seq_lens[{b}] = {length} uses it"
             raise InvalidProblem(f"{where} and {why}; the cache has {count} pages, numbered from 0")
     return used
+
+
+def _sequence(
+    pages: Tensor, scale: Tensor | None, used: Tensor, length: int, query_dtype: torch.dtype
+) -> Tensor:
+    """(1, H, length, E), dequantised where there is a scale: in float32, or in float64 if the query is that."""
+    stored = _gather(pages, used, length)
+    if scale is None:
+        return stored
+    per_token = scale.dim() == 3
+    factors = _gather(scale.unsqueeze(-1), used, length) if per_token else scale.view(1, -1, 1, 1)
+    dtype = torch.promote_types(query_dtype, torch.float32)
+    return stored.to(dtype) * factors.to(dtype)
 
 
 def _gather(pages: Tensor, used: Tensor, length: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from torchhal._checks import QUANTIZED
 from torchhal.hookspecs import hookimpl
 from torchhal.problems import (
     SPEC_VERSION,
@@ -36,7 +37,7 @@ FLOATS: Final = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.f
 INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
 
 ATTENTION: Final = AttentionClaims(
-    dtypes=FLOATS,
+    dtypes=FLOATS | frozenset(QUANTIZED),
     layouts=frozenset(("dense", "varlen", "paged")),
     causal=True,
     boolean_mask=True,
@@ -49,6 +50,7 @@ ATTENTION: Final = AttentionClaims(
     captured_tensors=True,
     dropout=True,
     mixed_dtypes=True,
+    quantized_kv=True,
     backward=True,
     mask_gradient=True,
     captured_gradient=True,
