@@ -7,7 +7,6 @@ torch.compile, torch.export and AOTInductor as an ordinary operator with ordinar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +17,19 @@ from torchhal.pointwise import Graph
 from torchhal.problems import AttentionProblem
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
 from torchhal_cpu_x86 import gradients, programs
-
-Run = Callable[..., Any]
+from torchhal_cpu_x86.gradients import Run
 
 
 def is_needed(problem: AttentionProblem) -> bool:
     """Whether a problem is more than the plain operators serve."""
     functions = problem.score_mod is not None or problem.mask_mod is not None
-    return gradients.are_wanted(problem) or functions or problem.dropout or problem.block_size is not None or problem.layout != "dense"
+    return (
+        gradients.are_wanted(problem)
+        or functions
+        or problem.dropout
+        or problem.block_size is not None
+        or problem.layout != "dense"
+    )
 
 
 def runner(problem: AttentionProblem) -> Run:
@@ -55,7 +59,7 @@ def runner(problem: AttentionProblem) -> Run:
             raise
         return (out, lse) if problem.return_lse else out
 
-    return run
+    return gradients.outside_transforms(run, problem) if gradients.are_wanted(problem) else run
 
 
 def _operator(problem: AttentionProblem) -> Run:
@@ -75,7 +79,12 @@ def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: b
     rows, keys = problem.block_size or (1, 1)
     score, mask = problem.score_mod, problem.mask_mod
     returns_lse = problem.return_lse or gradients.are_wanted(problem)  # which the backward pass starts from
-    numbers = [gradients.LAYOUTS[problem.layout], problem.is_causal, returns_lse, problem.mask_dtype is not None]
+    numbers = [
+        gradients.LAYOUTS[problem.layout],
+        problem.is_causal,
+        returns_lse,
+        problem.mask_dtype is not None,
+    ]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
     numbers.append(programs.double_bits(dropout_p) if problem.dropout else 0)
     for graph in (score, mask):
