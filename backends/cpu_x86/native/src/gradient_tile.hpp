@@ -252,11 +252,18 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
       const F shift = V::load(shift_ + panel * W + q * V::N), delta = V::load(delta_ + panel * W + q * V::N);
       float *x = p + q * V::N, *d = ds + q * V::N;
       for (int64_t j = 0; j < n; ++j, x += W, d += W) {
-        const F weight = V::exp2(V::mul(V::sub(V::load(x), shift), factor));
+        const F weight = V::exp2(V::mul(above_shift<P>(V::load(x), shift), factor));
         V::store(x, weight);
         V::store(d, V::where_nonzero(weight, V::mul(weight, V::sub(V::mul(V::load(d), kept), delta))));
       }
     }
+  }
+
+  // A row that sees NaN has an LSE of NaN: what is hidden from it still has weight 0.
+  template <Partial P>
+  static F above_shift(F score, F shift) {
+    if constexpr (P == Partial::kNone) return V::sub(score, shift);
+    return V::add_bias(shift, V::set1(-1.0f), score);
   }
 
   int64_t real_lanes(int64_t panel) const { return smaller(W, it_.rows - panel * W); }

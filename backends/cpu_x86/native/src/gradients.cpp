@@ -23,7 +23,7 @@ bool sums_fit(const GradientPlan& g, const thal_contribution& c) {
   const auto results = static_cast<int64_t>(g.score_gradient.results.size());
   if (c.captured < 0 || c.captured >= f.captured_count || c.offset < 0) return false;
   const thal_captured& t = f.captured[c.captured];
-  if (c.index < 0 || c.value < 0 || c.index + t.dims > results || c.value >= results) return false;
+  if (c.index < 0 || c.value < 0 || c.index > results - t.dims || c.value >= results) return false;
   if (!is_float(g.score_gradient.results[static_cast<size_t>(c.value)].type)) return false;
   for (int32_t d = 0; d < t.dims; ++d) {
     const Type type = g.score_gradient.results[static_cast<size_t>(c.index + d)].type;
@@ -39,13 +39,14 @@ bool mask_sum_fits(const GradientPlan& g) {
   const thal_attention& c = g.p.call;
   if (c.mask_kind <= THAL_MASK_BOOL || c.ragged) return false;
   const int64_t sizes[4] = {c.B, c.Hq, c.L, c.S};
-  int64_t last = g.g.mask_sum;
+  int64_t left = g.g.sum_count - 1 - g.g.mask_sum;  // taken from step by step, as the last place may overflow
   for (int d = 0; d < 4; ++d) {
-    if (sizes[d] == 0) return true;
-    if (g.g.mask_sum_stride[d] < 0) return false;
-    last += (sizes[d] - 1) * g.g.mask_sum_stride[d];
+    const int64_t steps = sizes[d] - 1, stride = g.g.mask_sum_stride[d];
+    if (steps < 0) return true;
+    if (stride < 0 || left < 0 || (steps && stride > left / steps)) return false;
+    left -= steps * stride;
   }
-  return last < g.g.sum_count;
+  return left >= 0;
 }
 
 int decode_gradient(GradientPlan& g) {
@@ -157,12 +158,13 @@ int64_t workers_of(const GradientPlan& g) { return std::max<int64_t>(1, std::min
 bool pointers_missing(const GradientPlan& g) {
   const thal_attention& c = g.p.call;
   const thal_gradients& d = g.g;
+  if (g.sums() && d.sum_count > 0 && !d.sums) return true;
+  if (g.items == 0) return false;
   const bool values = g.p.most_rows > 0 && c.Ev > 0, keys = g.p.most_keys > 0;
   if (g.p.most_rows > 0 && (!c.q || !c.lse || !d.grad_q)) return true;
   if (values && (!c.out || !d.grad_out)) return true;
   if (keys && (!c.k || !d.grad_k || (c.Ev > 0 && (!c.v || !d.grad_v)))) return true;
-  if (keys && c.mask_kind != THAL_MASK_NONE && !c.mask) return true;
-  return g.sums() && d.sum_count > 0 && !d.sums;
+  return keys && c.mask_kind != THAL_MASK_NONE && !c.mask;
 }
 
 void run_group(const GradientPlan& g, const Isa& isa, int64_t group, char* scratch) {
@@ -247,10 +249,10 @@ int64_t make_gradient_plan(const thal_attention& call, const thal_gradients& gra
 }
 
 int run_gradient_plan(GradientPlan& g, void* workspace) {
-  if (g.sums()) std::fill(g.g.sums, g.g.sums + (g.g.sums ? g.g.sum_count : 0), 0.0);
-  if (g.items == 0) return THAL_OK;
   if (pointers_missing(g)) return THAL_BAD_POINTER;
-  if (!workspace) return THAL_BAD_WORKSPACE;
+  if (g.items && !workspace) return THAL_BAD_WORKSPACE;
+  if (g.sums() && g.g.sum_count) std::fill(g.g.sums, g.g.sums + g.g.sum_count, 0.0);
+  if (g.items == 0) return THAL_OK;
   char* scratch = aligned(workspace);
   const int64_t reserved = workers_of(g), workers = work_of(g.p) < kSerialWork ? 1 : reserved;
   g.copy_sums = reinterpret_cast<double*>(scratch + reserved * g.scratch_bytes);

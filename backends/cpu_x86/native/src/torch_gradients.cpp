@@ -52,7 +52,7 @@ class Backward : FlexCall {
                                 static_cast<int32_t>(next[2]), 0, 0});
     g_.word_count = *next;
     g_.words = next + 1;
-    return g_.words + g_.word_count == numbers_.data() + count && place_sums(numbers_[0] != 0);
+    return g_.word_count == numbers_.data() + count - g_.words && place_sums(numbers_[0] != 0);
   }
 
   // The mask's gradient, then those of the captured tensors that have one, in order.

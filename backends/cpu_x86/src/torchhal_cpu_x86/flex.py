@@ -7,7 +7,6 @@ torch.compile, torch.export and AOTInductor as an ordinary operator with ordinar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from torchhal.problems import AttentionProblem
 from torchhal.reference import attention as reference
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
 from torchhal_cpu_x86 import gradients, programs
-
-Run = Callable[..., Any]
+from torchhal_cpu_x86.gradients import Run
 
 
 def is_needed(problem: AttentionProblem) -> bool:
@@ -66,7 +64,7 @@ def runner(problem: AttentionProblem) -> Run:
             raise
         return (out, lse) if problem.return_lse else out
 
-    return run
+    return gradients.outside_transforms(run, problem) if gradients.are_wanted(problem) else run
 
 
 def _differentiable(problem: AttentionProblem) -> Run:

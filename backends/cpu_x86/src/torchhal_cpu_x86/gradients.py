@@ -7,16 +7,20 @@ so nothing of size L x S is ever kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchhal.pointwise import Graph
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.problems import AttentionProblem
+from torchhal.reference import attention as reference
 from torchhal_cpu_x86 import programs
+
+Run = Callable[..., Any]
 
 LAYOUTS: Final = {"dense": 0, "varlen": 1, "paged": 2}
 """As ``native/src/flex_call.hpp`` numbers them."""
@@ -76,6 +80,22 @@ def _gradient_of(score_mod: Graph) -> tuple[tuple[tuple[int, int, int], ...], tu
         (c.captured, c.indices[0] if c.indices else 0, c.value) for c in gradient.contributions
     )
     return contributions, programs.encode(gradient.graph)
+
+
+def outside_transforms(run: Run, problem: AttentionProblem) -> Run:
+    """``run``, with plain torch in its place inside the transforms of torch.func and forward-mode differentiation.
+
+    The formulas below serve the backward pass of torch.autograd. A transform would get an error from them, and a tangent
+    would be lost.
+    """
+    plain = reference.plan(problem).run
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return plain(*arguments)
+        return run(*arguments)
+
+    return call
 
 
 # ---------------------------------------------------------------------------- formulas for autograd
