@@ -37,6 +37,7 @@ class Tile {
   int64_t key_stride_, value_stride_;
   bool loaded_;
   int finite_;  // are the block's values finite: -1 unknown, else 0 or 1
+  Background<V, NQ> background_;
 
  public:
   Tile(const Plan& p, const Item& it, char* scratch)
@@ -50,7 +51,7 @@ class Tile {
     positions_ = ints(p.at_positions), key_index_ = ints(p.at_key_index);
     buffer_ = scratch + p.at_rows;
     panels_ = (it.rows + W - 1) / W;
-    words_ = PAIRS ? (c_.E + 1) / 2 : c_.E;
+    words_ = PAIRS ? pair_words<V>(c_.E) : c_.E;
   }
 
   void run() {
@@ -66,8 +67,8 @@ class Tile {
 
  private:
   // Keys per block: as many as fit, but of few keys equal parts, so that the 128 of a BlockMask are not 120 and 8.
-  static int64_t block_size(int64_t keys) {
-    constexpr int64_t most = thal::kKeyBlock, height = V::kRows;
+  int64_t block_size(int64_t keys) const {
+    const int64_t most = p_.isa->key_block, height = V::kRows;
     if (keys > 8 * most) return most;
     const int64_t part = keys / larger(1, (keys + most - 1) / most);
     return larger(height, smaller(most, (part + height) / height * height));
@@ -84,9 +85,19 @@ class Tile {
       finite_ = -1;
       if (p_.needs_indices())
         for (int64_t j = 0; j < count_; ++j) key_index_[j] = static_cast<int32_t>(key + j);
+      if constexpr (V::kTiles) {
+        if (overlaps()) {
+          advance_together();
+          continue;
+        }
+      }
       for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
     }
   }
+
+  // Only with tiles; attention_overlap.hpp.
+  bool overlaps() const;
+  void advance_together();
 
   void start() {
     const int64_t last = it_.row0 + it_.rows - 1;
@@ -132,7 +143,7 @@ class Tile {
     loaded_ = true;
     find_block();
     const char *key = key_source_, *value = value_source_;
-    const bool direct = PAIRS ? c_.E % 2 == 0 : DT == THAL_F32;
+    const bool direct = PAIRS ? are_pair_rows<V>(count_, c_.E) : DT == THAL_F32;
     keys_ = key, key_stride_ = k_stride_[2] * kSize;
     if (!direct || !in_place(k_stride_)) {
       if constexpr (PAIRS) {
@@ -144,7 +155,7 @@ class Tile {
     }
     values_ = value, value_stride_ = v_stride_[2] * kSize;
     if constexpr (PAIRS) {
-      zip_value_rows<V>(value, v_stride_, count_, c_.Ev, v_, buffer_);
+      pack_value_pairs<V>(value, v_stride_, count_, c_.Ev, v_, buffer_);
     } else if (DT != THAL_F32 || !in_place(v_stride_)) {
       widen_rows<V, DT>(value, v_stride_, count_, c_.Ev, v_, buffer_);
     } else {
@@ -303,6 +314,7 @@ class Tile {
     F even = V::zero(), odd = V::zero();
     int64_t j = 0;
     for (; j + 2 <= n; j += 2) {
+      if (j % 8 == 0) background_.step();
       const F a = weight(j), b = weight(j + 1);
       even = V::add(even, a), odd = V::add(odd, b);
       store_weights(s, j, a, b);
@@ -328,28 +340,32 @@ class Tile {
     }
   }
 
+  // Whether values that are not finite lie beside those that rows may see.
+  bool meets_wild(int64_t n, Partial partial) {
+    // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour. So do tiles.
+    const bool exposed = partial != Partial::kNone || (n % keys_per_step<V, PAIRS>() != 0 && n != count_);
+    if (exposed && finite_ < 0) finite_ = all_finite<V, DT>(value_source_, v_stride_, count_, c_.Ev, buffer_);
+    return exposed && finite_ == 0;
+  }
+
   void add_values(int64_t panel, int64_t n, const float* alpha, Partial partial) {
     float* o = o_ + panel * W * c_.Ev;
     const int64_t depth = PAIRS ? (n + 1) / 2 : n;
-    const char* source = value_source_;
-    // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour.
-    const bool exposed = partial != Partial::kNone || (PAIRS && n % 2 != 0 && n != count_);
-    if (exposed && finite_ < 0) finite_ = all_finite<V, DT>(source, v_stride_, count_, c_.Ev, buffer_);
-    if (!exposed || finite_ == 1) {
+    if (!meets_wild(n, partial)) {
       weighted_values<V, PAIRS, NQ>(values_, value_stride_, c_.Ev, scores_, depth, o, alpha);
       return;
     }
-    load_clean_values(source);
+    load_clean_values(value_source_);
     weighted_values<V, PAIRS, NQ>(reinterpret_cast<const char*>(clean_), c_.Ev * 4, c_.Ev, scores_, depth, o, alpha);
-    add_wild_values(source, panel, n, o, partial);
+    add_wild_values(value_source_, panel, n, o, partial);
   }
 
   // The block's values with 0 in place of what is not finite, see zero_wild.
   void load_clean_values(const char* source) {
     if constexpr (PAIRS) {
-      zip_value_rows<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
+      pack_value_pairs<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
       auto* words = reinterpret_cast<uint16_t*>(clean_);
-      for (int64_t i = 0; i < (count_ + 1) / 2 * c_.Ev * 2; ++i)
+      for (int64_t i = 0; i < value_pair_words<V>(count_, c_.Ev) * 2; ++i)
         if ((words[i] & 0x7f80) == 0x7f80) words[i] = 0;
     } else {
       widen_rows<V, DT>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
