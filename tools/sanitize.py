@@ -2,9 +2,9 @@
 
     python3 tools/sanitize.py [PYTEST ARGUMENTS]
 
-Builds the library with GCC's or Clang's sanitizers beside the ordinary one and loads it in its place. Every read or
-write out of bounds and every operation C++ leaves undefined ends the run with a report. Needs what ``dev.py setup``
-installs, and Linux.
+Builds the library with GCC's or Clang's sanitizers beside the ordinary one and loads it in its place; AMX is emulated in
+it, for the sanitizers know nothing of what its instructions read and write. Every read or write out of bounds and every
+operation C++ leaves undefined ends the run with a report. Needs what ``dev.py setup`` installs, and Linux.
 
 There is no run under the thread sanitizer: it sees only synchronisation it has instrumented, and the threads are those
 of torch's OpenMP runtime, so it reports a race for every hand-over of work. What threads share is little: the call's
@@ -44,6 +44,7 @@ def build(folder: Path) -> Path:
         str(folder),
         "-DCMAKE_BUILD_TYPE=",
         f"-DCMAKE_CXX_FLAGS=-O1 {FLAGS}",
+        "-DTORCHHAL_EMULATE_AMX=ON",
     ]
     for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

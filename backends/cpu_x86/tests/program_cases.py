@@ -23,8 +23,8 @@ LANES: Final = 16
 SPANS: Final = {"one": (1, 1), "lanes": (1, LANES), "rows": (-1, 1), "block": (-1, LANES)}
 """Shape of an input by what it varies with; -1 stands for the rows."""
 SETS: Final = [
-    isa for isa in LIBRARY.instruction_sets() if isa != "avx512_bf16"
-]  # which shares avx512's machine
+    isa for isa in LIBRARY.instruction_sets() if isa not in ("avx512_bf16", "amx_bf16")
+]  # which share avx512's machine
 
 
 class _Captured(ctypes.Structure):

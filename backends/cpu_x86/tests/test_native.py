@@ -217,6 +217,19 @@ def test_poison_in_masked_keys_never_reaches_the_output(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_nobody_sees_what_lies_behind_a_causal_limit_that_a_whole_panel_shares(
+    isa: str, first: int, dtype: torch.dtype
+) -> None:
+    query, key, value = inputs(1, 32, 1, 7, 40, 16, 24, dtype)
+    expected = OPS.attention(query, key, value, True, 0.25)
+    value[:, :, first:] = torch.nan
+    out = OPS.attention(query, key, value, True, 0.25)
+    assert torch.equal(out[:, :, :first], expected[:, :, :first])
+    assert out[:, :, first:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 60])
 def test_nan_in_a_live_value_reaches_exactly_the_rows_that_see_it(
     isa: str, length: int, dtype: torch.dtype

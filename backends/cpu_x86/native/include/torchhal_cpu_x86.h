@@ -25,7 +25,14 @@ enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
 enum { THAL_I8 = 3, THAL_F8 = 4, THAL_STORED_TYPES = 5 };
 
 /* AUTO takes the set chosen by thal_set_isa for the dtype (at first the widest one this CPU has). */
-enum { THAL_ISA_AUTO = 0, THAL_ISA_AVX2 = 1, THAL_ISA_AVX512 = 2, THAL_ISA_AVX512_BF16 = 3, THAL_ISAS = 4 };
+enum {
+  THAL_ISA_AUTO = 0,
+  THAL_ISA_AVX2 = 1,
+  THAL_ISA_AVX512 = 2,
+  THAL_ISA_AVX512_BF16 = 3,
+  THAL_ISA_AMX_BF16 = 4,
+  THAL_ISAS = 5
+};
 
 /* BOOL: one byte per element, non-zero = attend. The others are added to the scaled score; -inf means masked. */
 enum { THAL_MASK_NONE = 0, THAL_MASK_BOOL = 1, THAL_MASK_F32 = 2, THAL_MASK_BF16 = 3, THAL_MASK_F16 = 4 };
@@ -178,7 +185,8 @@ THAL_API int thal_attention_run(const thal_attention* call);
 THAL_API const char* thal_error_text(int code);
 
 THAL_API int32_t thal_interface_version(void);
-/* Bit (1 << THAL_ISA_x) is set when both the CPU and the operating system support that set. */
+/* Bit (1 << THAL_ISA_x) is set when this library was built with that set and both the CPU and the operating system support
+ * it. The first call asks Linux for the permission to use AMX's tiles, where the CPU has them: it is the process's. */
 THAL_API uint32_t thal_supported_isas(void);
 THAL_API int thal_set_isa(int32_t dtype, int32_t isa);
 THAL_API int32_t thal_get_isa(int32_t dtype);

@@ -16,6 +16,7 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
   const char* values_;
   int64_t value_stride_;
   bool values_loaded_;
+  Background<V, NQ> background_;
 
  public:
   Tile(const Plan& p, const Item& it, char* scratch) : Base(p, it, scratch) {
@@ -29,17 +30,24 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
     std::memset(o_, 0, static_cast<size_t>(panels_ * W * c_.Ev) * 4);
     this->each_block([this] {
       values_loaded_ = false;
+      if constexpr (V::kTiles) {
+        if (overlaps()) return advance_together();
+      }
       for (int64_t panel = 0; panel < panels_; ++panel) advance(panel);
     });
     for (int64_t panel = 0; panel < panels_; ++panel) finish(panel);
   }
 
  private:
+  // Only with tiles; attention_overlap.hpp.
+  bool overlaps() const;
+  void advance_together();
+
   void load_values() {
     values_loaded_ = true;
     values_ = value_source_, value_stride_ = v_stride_[2] * kSize;
     if constexpr (PAIRS) {
-      zip_value_rows<V>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
+      pack_value_pairs<V>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
     } else if (DT != THAL_F32 || !this->in_place(v_stride_)) {
       widen_rows<V, DT>(value_source_, v_stride_, count_, c_.Ev, v_, buffer_);
     } else {
@@ -108,6 +116,7 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
     F even = V::zero(), odd = V::zero();
     int64_t j = 0;
     for (; j + 2 <= n; j += 2) {
+      if (j % 8 == 0) background_.step();
       const F a = weight(j), b = weight(j + 1);
       even = V::add(even, a), odd = V::add(odd, b);
       store_weights(s, j, a, b);
@@ -133,26 +142,30 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
     }
   }
 
+  // Whether values that are not finite lie beside those that rows may see.
+  bool meets_wild(int64_t n, Partial partial) {
+    // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour. So do tiles.
+    const bool exposed = partial != Partial::kNone || (n % keys_per_step<V, PAIRS>() != 0 && n != count_);
+    return exposed && !this->values_are_finite();
+  }
+
   void add_values(int64_t panel, int64_t n, const float* alpha, Partial partial) {
     float* o = o_ + panel * W * c_.Ev;
     const int64_t depth = PAIRS ? (n + 1) / 2 : n;
-    const char* source = value_source_;
-    // In pairs, an odd last key drags its neighbour in with weight zero, and nobody here may see that neighbour.
-    const bool exposed = partial != Partial::kNone || (PAIRS && n % 2 != 0 && n != count_);
-    if (!exposed || this->values_are_finite()) {
+    if (!meets_wild(n, partial)) {
       weighted_values<V, PAIRS, NQ>(values_, value_stride_, c_.Ev, scores_, depth, o, alpha);
       return;
     }
-    load_clean_values(source);
+    load_clean_values(value_source_);
     weighted_values<V, PAIRS, NQ>(reinterpret_cast<const char*>(clean_), c_.Ev * 4, c_.Ev, scores_, depth, o, alpha);
-    add_wild_values(source, panel, n, o, partial);
+    add_wild_values(value_source_, panel, n, o, partial);
   }
 
   // The block's values with 0 in place of what is not finite, see clean.
   void load_clean_values(const char* source) {
     if constexpr (PAIRS) {
-      zip_value_rows<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
-      clean<true>(clean_, (count_ + 1) / 2 * c_.Ev);
+      pack_value_pairs<V>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
+      clean<true>(clean_, value_pair_words<V>(count_, c_.Ev));
     } else {
       widen_rows<V, DT>(source, v_stride_, count_, c_.Ev, clean_, buffer_);
       clean<false>(clean_, count_ * c_.Ev);

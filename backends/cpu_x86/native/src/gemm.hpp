@@ -115,8 +115,22 @@ THAL_NOINLINE void value_columns(const char* values, int64_t stride, const float
   });
 }
 
+// The same two products where V has a tile unit; gemm_tiles.hpp.
+template <class V, int NQ>
+void tile_scores(const char* keys, int64_t stride, int64_t count, const float* panel, int64_t depth, float* c, float* top);
+template <class V, int NQ>
+void tile_weighted_values(const char* values, int64_t columns, const float* panel, int64_t depth, float* c,
+                          const float* alpha);
+
+// Products in progress on a unit that works beside the vector units: none here, gemm_tiles.hpp has the other.
+template <class V, int NQ, bool TILES = V::kTiles>
+struct Background {
+  void step() {}
+};
+
 template <class V, bool PAIRS, int NQ>
 void scores(const char* keys, int64_t stride, int64_t count, const float* panel, int64_t depth, float* c, float* top) {
+  if constexpr (PAIRS && V::kTiles) return tile_scores<V, NQ>(keys, stride, count, panel, depth, c, top);
   constexpr int M = V::kRows;
   constexpr int W = NQ * V::N;
   for (int q = 0; q < NQ; ++q) V::store(top + q * V::N, V::set1(-kInf));
@@ -129,6 +143,7 @@ void scores(const char* keys, int64_t stride, int64_t count, const float* panel,
 template <class V, bool PAIRS, int NQ>
 void weighted_values(const char* values, int64_t stride, int64_t columns, const float* panel, int64_t depth, float* c,
                      const float* alpha) {
+  if constexpr (PAIRS && V::kTiles) return tile_weighted_values<V, NQ>(values, columns, panel, depth, c, alpha);
   constexpr int M = V::kRows;
   constexpr int H = M * 2 / 3;  // 64 columns are four twelves and two eights: no thin remainder
   constexpr int W = NQ * V::N;

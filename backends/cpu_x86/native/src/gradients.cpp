@@ -134,7 +134,7 @@ void set_scratch(GradientPlan& g) {
   const int64_t rows = ceil_div(p.tile_rows, p.panel) * p.panel, pairs = rows * kKeyBlock * 4;
   g.at_weights = layout.take(pairs);
   g.at_gradients = layout.take(pairs);
-  const bool pairs_of_bf16 = p.isa->bf16_dot && c.dtype == THAL_BF16;
+  const bool pairs_of_bf16 = p.isa->bf16_pairs && c.dtype == THAL_BF16;
   g.at_narrow_weights = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
   g.at_narrow_gradients = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
   g.at_key_pairs = layout.take(pairs_of_bf16 ? kKeyBlock * p.panel * 2 : 0);

@@ -5,6 +5,8 @@
 
 const thal::Isa thal::kAvx512 = {
     Vec512::N,
+    thal::kKeyBlock,
+    1,
     false,
     {run_tile<Vec512, THAL_F32, false>, run_tile<Vec512, THAL_BF16, false>, run_tile<Vec512, THAL_F16, false>},
     {run_rows<Vec512, THAL_F32>, run_rows<Vec512, THAL_BF16>, run_rows<Vec512, THAL_F16>, run_rows<Vec512, THAL_I8>,

@@ -84,11 +84,23 @@ void widen_rows(const char* src, const int64_t* stride, int64_t n, int64_t colum
   }
 }
 
-// n bf16 rows copied into rows of `pairs` 32-bit words, an odd last column padded with zero.
+// 32-bit words of a packed row of bf16: pairs, and whole tiles of them where V multiplies tiles.
+template <class V>
+int64_t pair_words(int64_t columns) {
+  return V::kTiles ? (columns + 31) / 32 * 16 : (columns + 1) / 2;
+}
+
+// Whether n contiguous rows of bf16 are what the products read: a tile is 16 of them and 32 columns.
+template <class V>
+bool are_pair_rows(int64_t n, int64_t columns) {
+  return V::kTiles ? n % 16 == 0 && columns % 32 == 0 : columns % 2 == 0;
+}
+
+// n bf16 rows copied into rows of `pairs` 32-bit words, what is past the last column zero.
 inline void copy_pair_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, int64_t pairs, char* dst) {
   for (int64_t j = 0; j < n; ++j, dst += pairs * 4) {
     const char* row = src + j * stride[2] * 2;
-    if (columns & 1) std::memset(dst + columns * 2, 0, 2);
+    std::memset(dst + columns * 2, 0, static_cast<size_t>(pairs * 2 - columns) * 2);
     if (stride[3] == 1) {
       std::memcpy(dst, row, static_cast<size_t>(columns) * 2);
     } else {
@@ -110,6 +122,50 @@ void zip_value_rows(const char* src, const int64_t* stride, int64_t n, int64_t c
       V::template store_part<THAL_F32>(dst + e, words, w);
     }
   }
+}
+
+// V^T of a block, for tiles: row e holds the values of kTileKeys keys, zero past the n-th up to a whole tile of 32. Rows are
+// as many as make tiles.
+template <class V>
+void transpose_values(const char* src, const int64_t* stride, int64_t n, int64_t columns, float* dst, char* buffer) {
+  constexpr int64_t kWords = V::kTileKeys / 2;
+  for (int64_t j = 0; j < n; j += 32) {
+    const char* rows[32];
+    for (int64_t i = 0; i < 32; ++i)
+      rows[i] = j + i < n ? contiguous_row<2>(src + (j + i) * stride[2] * 2, stride[3], columns, buffer + i * columns * 2)
+                          : nullptr;
+    for (int64_t e = 0; e < columns; e += V::N) {
+      const int w = static_cast<int>(smaller(V::N, columns - e));
+      typename V::F t[V::N];
+      for (int i = 0; i < V::N; ++i) {
+        const char *a = rows[2 * i], *b = rows[2 * i + 1];
+        t[i] = a ? V::zip_rows(a + e * 2, b ? b + e * 2 : nullptr, w) : V::zero();
+      }
+      V::transpose(t);
+      for (int i = 0; i < V::N; ++i) V::store(dst + (e + i) * kWords + j / 2, t[i]);
+    }
+  }
+}
+
+// A block's bf16 values as the product of pairs reads them, and how many 32-bit words that is.
+template <class V>
+void pack_value_pairs(const char* src, const int64_t* stride, int64_t n, int64_t columns, float* dst, char* buffer) {
+  if constexpr (V::kTiles) {
+    transpose_values<V>(src, stride, n, columns, dst, buffer);
+  } else {
+    zip_value_rows<V>(src, stride, n, columns, dst, buffer);
+  }
+}
+template <class V>
+int64_t value_pair_words(int64_t n, int64_t columns) {
+  if constexpr (V::kTiles) return (columns + V::N - 1) / V::N * V::N * V::kTileKeys / 2;
+  return (n + 1) / 2 * columns;
+}
+
+// Keys whose values one step of the product reads together.
+template <class V, bool PAIRS>
+constexpr int64_t keys_per_step() {
+  return !PAIRS ? 1 : V::kTiles ? 32 : 2;
 }
 
 template <class V, int DT>
@@ -177,12 +233,12 @@ inline typename V::F query_words(const char* row, int64_t k, int64_t columns, fl
 }
 
 // One panel of rows that are queries, or belong to one: words[k * NQ * N + lane] is row (row0 + lane), float32 column k
-// or bf16 columns 2k, 2k + 1. Rows past the end are zero. `first` is where the sequence begins, in elements.
+// or bf16 columns 2k, 2k + 1. Rows past the end are zero, and so is what pads columns. `first` is where the sequence begins, in elements.
 template <class V, int DT, bool PAIRS, int NQ>
 void pack_panel(const Plan& p, const Item& it, const Plan::Panel& source, int64_t first, int64_t row0, float* panel,
                 char* buffer) {
   constexpr int64_t size = size_of<DT>();
-  const int64_t columns = source.columns, words = PAIRS ? (columns + 1) / 2 : columns;
+  const int64_t columns = source.columns, words = PAIRS ? pair_words<V>(columns) : columns;
   const char* base = static_cast<const char*>(source.data) + first * size;
   for (int half = 0; half < NQ; ++half) {
     const char* rows[V::N];

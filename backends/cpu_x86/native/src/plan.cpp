@@ -86,7 +86,7 @@ void set_tiles(Plan& p) {
     parts += (c.ragged ? 1 : c.B) * c.Hkv * ceil_div(p.sequences()[i].L * p.group, p.tile_rows);
   // About 64 items keep many cores busy; a range below 512 keys would not pay for merging.
   const int64_t wanted = parts > 0 && !p.whole_rows ? std::min(ceil_div(64, parts), std::max<int64_t>(1, p.most_keys / 512)) : 1;
-  const int64_t block = p.row_kernel ? kRowKeyBlock : kKeyBlock;
+  const int64_t block = p.row_kernel ? kRowKeyBlock : p.isa->key_block;
   p.split_keys = std::max<int64_t>(ceil_div(ceil_div(p.most_keys, wanted), block) * block, 1);
 }
 
@@ -95,7 +95,7 @@ void set_scratch(Plan& p) {
   Scratch layout;
   const auto take = [&layout](int64_t bytes) { return layout.take(bytes); };
   const int64_t width = ceil_div(c.E, p.lanes) * p.lanes, value_width = ceil_div(c.Ev, p.lanes) * p.lanes;
-  const int64_t block = p.row_kernel ? kRowKeyBlock : kKeyBlock;
+  const int64_t block = p.row_kernel ? kRowKeyBlock : p.isa->key_block;
   const int64_t rows = p.row_kernel ? p.tile_rows : ceil_div(p.tile_rows, p.panel) * p.panel;
   const int64_t lanes = p.row_kernel ? 2 * p.tile_rows : p.panel;
   p.at_q = take(rows * width * 4);
@@ -103,7 +103,7 @@ void set_scratch(Plan& p) {
   p.at_k = take(block * width * 4);
   p.at_v = take(block * value_width * 4);
   p.at_clean = take(p.row_kernel || p.whole_rows ? 0 : block * value_width * 4);
-  p.at_scores = take(block * lanes * 4);
+  p.at_scores = take((p.row_kernel ? 1 : p.isa->score_blocks) * block * lanes * 4);
   p.at_bias = take(p.row_kernel ? 0 : block * lanes * 4);
   p.at_max = take(rows * 4);
   p.at_sum = take(rows * 4);

@@ -10,6 +10,8 @@ namespace thal {
 // Keys per block. 120 is a multiple of both micro-kernel heights (12 and 6) and even (bf16 pairs); with a panel of
 // 32 query lanes the score block is 15 KB, so it stays in a 32 KB L1 between QK^T, softmax and PV.
 constexpr int64_t kKeyBlock = 120;
+// Keys per block where products are of tiles: whole tiles of keys, and a score block of 16 KB.
+constexpr int64_t kTileKeyBlock = 128;
 // Keys per block of the row (decode) kernel: whole vectors of scores, K and V stream through L1 once.
 constexpr int64_t kRowKeyBlock = 64;
 
@@ -103,7 +105,9 @@ struct MapPlan;
 
 struct Isa {
   int lanes;
-  bool bf16_dot;
+  int64_t key_block;     // kKeyBlock or kTileKeyBlock
+  int64_t score_blocks;  // in use at once
+  bool bf16_pairs;       // gradients of bf16 come from products of pairs
   void (*run_tile[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
   void (*run_rows[THAL_STORED_TYPES])(const Plan&, const Item&, char* scratch);
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
@@ -116,6 +120,7 @@ struct Isa {
 extern const Isa kAvx2;
 extern const Isa kAvx512;
 extern const Isa kAvx512Bf16;
+void run_amx_bf16(const Plan&, const Item&, char* scratch);  // what AMX has of its own: run_tile of bf16
 
 const Isa* find_isa(int32_t isa);  // null when unsupported here
 int64_t make_plan(const thal_attention& call, Plan& plan);  // workspace bytes, or -code; may throw std::bad_alloc

@@ -53,7 +53,7 @@ class ScoreTile {
     positions_ = ints(p.at_positions), key_index_ = ints(p.at_key_index);
     buffer_ = scratch + p.at_rows;
     panels_ = (it.rows + W - 1) / W;
-    words_ = PAIRS ? (c_.E + 1) / 2 : c_.E;
+    words_ = PAIRS ? pair_words<V>(c_.E) : c_.E;
   }
 
   float* floats(int64_t at) const { return reinterpret_cast<float*>(scratch_ + at); }
@@ -89,7 +89,7 @@ class ScoreTile {
 
   // Keys per block: as many as fit, but of few keys equal parts, so that the 128 of a BlockMask are not 120 and 8.
   static int64_t block_size(int64_t keys) {
-    constexpr int64_t most = thal::kKeyBlock, height = V::kRows;
+    constexpr int64_t most = V::kTiles ? thal::kTileKeyBlock : thal::kKeyBlock, height = V::kRows;
     if (keys > 8 * most) return most;
     const int64_t part = keys / larger(1, (keys + most - 1) / most);
     return larger(height, smaller(most, (part + height) / height * height));
@@ -149,7 +149,7 @@ class ScoreTile {
   void load_keys() {
     loaded_ = true;
     find_block();
-    const bool direct = PAIRS ? c_.E % 2 == 0 : DT == THAL_F32;
+    const bool direct = PAIRS ? are_pair_rows<V>(count_, c_.E) : DT == THAL_F32;
     keys_ = key_source_, key_stride_ = k_stride_[2] * kSize;
     if (direct && in_place(k_stride_)) return;
     if constexpr (PAIRS) {

@@ -17,6 +17,7 @@ struct Vec256 {
   static constexpr int N = 8;
   // 6 rows x 2 vectors = 12 accumulators, 2 panel vectors and one broadcast: 15 of 16 registers.
   static constexpr int kRows = 6;
+  static constexpr bool kTiles = false;
   using F = __m256;
   using I = __m256i;
 

@@ -17,6 +17,7 @@ struct Vec512 {
   static constexpr int N = 16;
   // 12 rows x 2 vectors = 24 accumulators, 2 panel vectors and one broadcast: 27 of 32 registers.
   static constexpr int kRows = 12;
+  static constexpr bool kTiles = false;
   using F = __m512;
   using I = __m512i;
 

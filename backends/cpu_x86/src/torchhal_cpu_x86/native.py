@@ -2,7 +2,7 @@
 
 Environment:
 
-- ``TORCHHAL_CPU_X86_ISA``: ``avx2``, ``avx512`` or ``avx512_bf16`` for every dtype, instead of measuring;
+- ``TORCHHAL_CPU_X86_ISA``: ``avx2``, ``avx512``, ``avx512_bf16`` or ``amx_bf16`` for every dtype, instead of measuring;
 - ``TORCHHAL_CPU_X86_LIBRARY``: path of the library to load, for developers who build it by hand.
 """
 
@@ -29,7 +29,7 @@ from torchhal_cpu_x86 import operators
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
 INTERFACE_VERSION = 3
-ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
+ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
 LIBRARY_VARIABLE = "TORCHHAL_CPU_X86_LIBRARY"
