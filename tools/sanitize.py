@@ -24,7 +24,7 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 BACKEND: Final = ROOT / "backends/cpu_x86"
 FLAGS: Final = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-TESTS: Final = ("test_native.py", "test_programs.py", "test_flex.py")
+TESTS: Final = ("test_native.py", "test_programs.py", "test_flex.py", "test_quantized_pages.py")
 
 
 def build(folder: Path) -> Path:

@@ -36,6 +36,9 @@ KINDS: list[Case] = [
     Documents("documents", heads=4, kv_heads=2, head_size=8, lengths=(13, 1, 20, 3)),
     Documents("documents-full", heads=4, kv_heads=2, head_size=8, lengths=(13, 1, 20, 3), causal=False),
     PagedDecode("paged", batch=3, heads=4, kv_heads=2, keys=12, head_size=8, page_size=4),
+    PagedDecode(
+        "paged-int8", batch=3, heads=4, kv_heads=2, keys=12, head_size=8, page_size=4, stored=torch.int8
+    ),
     Backward("backward", **SIZES, causal=True),
     FirstCall("first", **SIZES),
 ]
@@ -129,8 +132,26 @@ def test_pages_are_shuffled_and_gathered_to_the_keys_they_were_cut_from() -> Non
     pages = case.pages(inputs)
     assert pages.table.tolist() != sorted(pages.table.flatten().tolist())
     assert pages.table.flatten().tolist() != sorted(pages.table.flatten().tolist())
-    key, value = pages.gathered()
+    key, value = pages.gathered(torch.float32)
     assert torch.equal(key, inputs.key) and torch.equal(value, inputs.value)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_pages_are_judged_by_what_they_hold_and_read_in_fewer_bytes(stored: torch.dtype) -> None:
+    plain = PagedDecode(
+        "p", batch=3, heads=4, kv_heads=2, keys=32, head_size=64, page_size=4, dtype=torch.bfloat16
+    )
+    case = dataclasses.replace(plain, stored=stored)
+    pages = case.pages(case.inputs(CPU)).quantized(stored)
+    key, value = pages.gathered(torch.float64)
+    true, _ = oracle.attention(case.inputs(CPU).query, key, value, scale=64**-0.5)
+    expected = case.bind(CPU).expected()
+    torch.testing.assert_close(expected.exact, torch.from_numpy(true), rtol=0, atol=1e-6)
+    assert 0.5 * plain.bytes < case.bytes < 0.6 * plain.bytes
+    others = [own.label for own in case.bind(CPU).own]
+    assert others == ["", "unquantised"] and describe(case).endswith(
+        f"of {str(stored).removeprefix('torch.')}"
+    )
 
 
 def test_the_backward_case_is_judged_by_all_three_gradients() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from torchhal_conformance import compose
 from torchhal_conformance.checks import check_named
-from torchhal_conformance.families import attention, foreach, fusions, matmul, mods
+from torchhal_conformance.families import attention, foreach, fusions, matmul, mods, quantized
 from torchhal_conformance.families.foreach_functions import FUNCTIONS
 from torchhal_conformance.families.foreach_functions import Function as Mapped
 from torchhal_conformance.model import Case, Sample
@@ -83,6 +83,9 @@ def _random_attention(draw: random.Random, label: str) -> attention.Call:
     if layout == "dense" and not call.mask_mod and draw.random() < 0.4:
         letters = "".join(draw.choice(pair) for pair in ("1b", "1h", "1l", "1k"))
         call = dataclasses.replace(call, mask=f"{draw.choice(['boolean', 'additive'])}:{letters}")
+    if layout == "paged" and draw.random() < 0.4:
+        stored, scaled = draw.choice(quantized.STORED), draw.choice(quantized.SCALED)
+        call = dataclasses.replace(call, stored=stored, scaled=scaled)
     return call
 
 

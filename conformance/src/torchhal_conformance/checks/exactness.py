@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchhal_conformance import calls
-from torchhal_conformance.families import samples
+from torchhal_conformance.families import quantized, samples
 from torchhal_conformance.model import Check, CheckFailed, Explanation, Inputs, Measured, Outputs, Sample
 
 # ---------------------------------------------------------------------------- helpers
@@ -132,9 +132,9 @@ def page_poison(backend: str, sample: Sample, seed: int) -> Measured:
                 used[table[slot // page], slot % page] = True
         changed = dict(inputs)
         for name in ("key", "value"):
-            changed[name] = inputs[name].masked_fill(
-                ~used[:, None, :, None].to(inputs[name].device), math.nan
-            )
+            scale = inputs.get(f"{name}_scale")
+            changed[name], scale = quantized.poisoned(inputs[name], scale, ~used)
+            changed |= {} if scale is None else {f"{name}_scale": scale}
     return _twice(backend, sample, inputs, changed, "when unused page slots hold NaN")
 
 
@@ -145,6 +145,9 @@ def page_order(backend: str, sample: Sample, seed: int) -> Measured:
         order = torch.randperm(inputs["key"].shape[0], generator=torch.Generator().manual_seed(seed + 1))
         place = torch.argsort(order).to(torch.int32).to(inputs["page_table"].device)
         changed = {**inputs, "key": inputs["key"][order], "value": inputs["value"][order]}
+        for name in ("key_scale", "value_scale"):
+            if name in inputs and inputs[name].dim() == 3:
+                changed[name] = inputs[name][order]
         changed["page_table"] = place[inputs["page_table"].long()]
     return _twice(backend, sample, inputs, changed, "when pages are stored in another order")
 
@@ -274,7 +277,7 @@ CHECKS: Final = (
     Check(
         "attention.page_poison",
         Explanation(
-            "Fills every page slot beyond a sequence's length with NaN.",
+            "Fills every page slot beyond a sequence's length with NaN, and its scale where pages are quantised.",
             "Pages come from a pool and hold what the last request left, NaN included.",
             "Mask by seq_lens before the products, in the last page above all.",
         ),

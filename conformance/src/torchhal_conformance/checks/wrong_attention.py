@@ -30,6 +30,8 @@ FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "varlen": torchhal.varlen_attention,
     "paged": torchhal.paged_attention,
 }
+QUANTIZED: Final = sample(Call(layout="paged", rows=2, stored=torch.int8))
+
 GOOD: Final = {"dense": DENSE, "varlen": VARLEN, "paged": PAGED}
 
 
@@ -221,6 +223,36 @@ def _paged() -> Iterator[Wrong]:
     yield _of_data("paged", "length_negative", ("seq_lens", "-1"), "seq_lens", lambda t: t * 0 - 1)
 
 
+def _quantized() -> Iterator[Wrong]:
+    def wrong(name: str, says: tuple[str, ...], **changes: Callable[[Inputs], Any]) -> Wrong:
+        def call(backend: str, inputs: Inputs) -> object:
+            return _ask("paged")(
+                backend, {**inputs, **{key: change(inputs) for key, change in changes.items()}}
+            )
+
+        return Wrong(f"paged-quantized-{name}", QUANTIZED, call, InvalidProblem, says)
+
+    for name in ("key", "value"):
+        label = f"{name}_scale"
+        yield wrong(
+            f"{name}_without_scale", (f"{name}_pages", "torch.int8", label), **{label: lambda i: None}
+        )
+        yield wrong(
+            f"{name}_not_quantised", (label, "torch.float32"), **{name: lambda i, n=name: i[n].float()}
+        )
+        kinds: dict[str, tuple[Callable[[Tensor], Any], tuple[str, ...]]] = {
+            "list": (lambda t: t.tolist(), ("float32", "list")),
+            "double": (lambda t: t.double(), ("float32", "torch.float64")),
+            "slots": (lambda t: t[..., 1:], ("float32", "one for each token and head", "4, 3)")),
+            "heads": (lambda t: t[0, 1:, 0], ("float32", "one for each head", "(3,)")),
+            "elsewhere": (lambda t: t.to("meta"), ("meta", "one device")),
+        }
+        for kind, (change, words) in kinds.items():
+            changed = {label: lambda i, change=change, label=label: change(i[label])}
+            yield wrong(f"{label}_{kind}", (label, *words), **changed)
+    yield wrong("types_differ", ("one type",), value=lambda i: i["value"].to(torch.float8_e4m3fn))
+
+
 def _of_data(
     layout: str, name: str, says: tuple[str, ...], argument: str, change: Callable[[Tensor], Tensor]
 ) -> Wrong:
@@ -255,4 +287,4 @@ def attention() -> Iterator[Wrong]:
     """Every wrong call of the family."""
     for layout in FUNCTIONS:
         yield from (*_tensors(layout), *_options(layout))
-    yield from (*_dense(), *_varlen(), *_paged(), *_merging())
+    yield from (*_dense(), *_varlen(), *_paged(), *_quantized(), *_merging())

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import torchhal
 from torchhal_conformance import oracle, philox
+from torchhal_conformance.families import quantized
 from torchhal_conformance.families.mods import MASK_MODS, PRIMITIVE_MODS, SCORE_MODS, Mod, sinks
 from torchhal_conformance.model import Inputs, Needs, Outputs, Sample
 
@@ -49,6 +50,10 @@ class Call:
     """``inputs``, ``mask`` or ``captured``: what gradients are asked of."""
     dropout: float = 0.0
     page: int = 4
+    stored: torch.dtype | None = None
+    """Type of quantised keys and values in pages."""
+    scaled: str = "token"
+    """Of quantised pages: what has a scale, a ``head`` or a ``token`` in each."""
     scale: float | None = None
 
     @property
@@ -73,6 +78,8 @@ class Call:
         words += [f"grad_{self.gradient}"] if self.gradient else []
         words += [f"drop{self.dropout:g}"] if self.dropout else []
         words += [f"page{self.page}"] if self.layout == "paged" else []
+        if self.stored is not None:
+            words.append(f"kv_{str(self.stored).removeprefix('torch.')}_each_{self.scaled}")
         words += [f"scale{self.scale:g}"] if self.scale is not None else []
         return "-".join([*words, sizes])
 
@@ -91,11 +98,12 @@ class Call:
             "captured_tensors": any(mod.captured is not None for mod in mods),
             "dropout": self.dropout > 0,
             "mixed_dtypes": self.key_dtype is not None,
+            "quantized_kv": self.stored is not None,
             "backward": bool(self.gradient),
             "mask_gradient": self.gradient == "mask",
             "captured_gradient": self.gradient == "captured",
         }
-        dtypes = {self.dtype, self.key_dtype or self.dtype}
+        dtypes = {self.dtype, self.stored or self.key_dtype or self.dtype}
         features = frozenset(name for name, on in wanted.items() if on)
         return Needs("attention", features, frozenset(dtypes), self.layout)
 
@@ -118,8 +126,12 @@ def _make(call: Call, generator: torch.Generator, device: torch.device) -> Input
     made: Inputs = {}
     shapes = _shapes(call)
     made["query"] = random(*shapes[0])
-    made["key"] = random(*shapes[1], dtype=call.key_dtype)
-    made["value"] = random(*shapes[2], dtype=call.key_dtype)
+    for name, shape in (("key", shapes[1]), ("value", shapes[2])):
+        if call.stored is None:
+            made[name] = random(*shape, dtype=call.key_dtype)
+        else:
+            made[name] = quantized.stored(shape, call.stored, generator).to(device)
+            made[f"{name}_scale"] = quantized.scales(made[name], call.scaled, generator)
     if call.mask:
         made["mask"] = _mask(call, generator).to(device)
     for name, mod in _mods(call).items():
@@ -219,6 +231,7 @@ def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
         "return_lse": call.lse or call.sink,
         "backend": backend,
         "score_mod": functions.get("score_mod"),
+        **{name: inputs[name] for name in ("key_scale", "value_scale") if name in inputs},
     }
     if call.dropout:
         options["dropout_p"] = call.dropout
@@ -321,6 +334,11 @@ def _sequences(call: Call, inputs: Inputs) -> list[dict[str, Any]]:
             }
             for b in range(call.batch)
         ]
+    if call.stored is not None:
+        key, value = (
+            quantized.dequantized(pages, inputs[f"{name}_scale"])
+            for name, pages in (("key", key), ("value", value))
+        )
     found = []
     for b, length in enumerate(inputs["seq_lens"].tolist()):
         pages = inputs["page_table"][b].long()

@@ -12,6 +12,7 @@ import torch
 from torchhal_conformance.families.attention import FLOATS, Call
 from torchhal_conformance.families.mods import PRIMITIVE_MODS
 from torchhal_conformance.families.primitives import FEW, PREFIX
+from torchhal_conformance.families.quantized import SCALED, STORED
 
 SHAPES: Final[tuple[dict[str, int], ...]] = (
     {"rows": 1, "keys": 1},
@@ -90,6 +91,22 @@ LAYOUT_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"sink": True, "causal": True, "lse": True},
 )
 PAGES: Final = (1, 3, 4, 16)
+QUANTIZED: Final[tuple[dict[str, Any], ...]] = (
+    {"rows": 2},
+    {"rows": 1, "keys": 67, "heads": 8, "kv_heads": 1, "page": 16},
+    {"rows": 3, "causal": True, "lse": True, "heads": 6, "kv_heads": 2, "value_size": 5, "page": 3},
+    {"rows": 33, "keys": 70, "causal": True, "size": 40, "value_size": 24, "page": 5},
+    {
+        "rows": 9,
+        "keys": 40,
+        "score_mod": "alibi",
+        "mask_mod": "window",
+        "size": 17,
+        "value_size": 17,
+        "page": 7,
+    },
+)
+"""Calls over quantised pages: for few query rows and for many, of sizes that fill no vector."""
 GRADIENTS: Final[tuple[dict[str, Any], ...]] = (
     {"gradient": "inputs"},
     {"gradient": "inputs", "lse": True},
@@ -148,6 +165,9 @@ def calls() -> Iterator[Call]:
             yield dataclasses.replace(
                 plain, layout="paged", page=page, keys=keys, rows=1, batch=3, causal=True
             )
+        for stored, scaled in itertools.product(STORED, SCALED):
+            for changes in QUANTIZED if dtype is torch.float32 else QUANTIZED[:1]:
+                yield _with(plain, **{"layout": "paged", "stored": stored, "scaled": scaled, **changes})
         for changes in GRADIENTS:
             yield _with(plain, **changes)
     yield Call(layout="varlen", batch=4, dropout=0.25)

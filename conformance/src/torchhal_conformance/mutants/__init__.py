@@ -24,6 +24,7 @@ from torchhal.reference import plugin as reference
 NAME: Final = "mutant"
 FILES: Final = (
     "attention", "hidden", "contract", "others", "services", "promises", "far", "dropped", "stores", "numeric",
+    "quantized",
 )  # fmt: skip
 
 Run = Callable[..., Any]

@@ -38,6 +38,18 @@ def _paged(batch: int, keys: int) -> PagedDecode:
     )  # fmt: skip
 
 
+def _quantized(stored: torch.dtype, name: str) -> PagedDecode:
+    return PagedDecode(
+        f"paged-decode-{name}-b8-s2048",
+        batch=8,
+        heads=32,
+        kv_heads=8,
+        keys=2048,
+        head_size=128,
+        stored=stored,
+    )
+
+
 def _window(name: str, length: int, window: int) -> Window:
     needed = (Requirement(SDPA_DENSE, 8.0),)
     return Window(
@@ -65,6 +77,8 @@ ATTENTION: Final[tuple[Case, ...]] = (
     *_each_type(_gqa(1, 8192, "decode-gqa-b1-s8192-d128"), (torch.bfloat16,)),
     *_each_type(_gqa(32, 1024, "decode-gqa-b32-s1024-d128"), (torch.bfloat16,)),
     *_each_type(_paged(8, 2048), _F32_BF16),
+    *_each_type(_quantized(torch.int8, "int8"), (torch.bfloat16,)),
+    *_each_type(_quantized(torch.float8_e4m3fn, "float8"), (torch.bfloat16,)),
     *_each_type(Dense("causal-8192-d64", heads=8, kv_heads=8, length=8192, keys=8192, causal=True), _F32_BF16),
     *_each_type(Dense("window-mask-2048-d64", windowed=True), _F32_BF16),
     *_each_type(_window("window-512-8192-d64", 8192, 512), _F32_BF16),

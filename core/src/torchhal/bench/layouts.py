@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Final, NamedTuple, Self
@@ -10,8 +11,11 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from torchhal._quantize import check_scale, quantized
+from torchhal._text import dtype_name
 from torchhal.attention_call import Call, Functions, MaskMod, operands_of
 from torchhal.bench import accuracy, candidates
+from torchhal.bench.accuracy import Expectation
 from torchhal.bench.candidates import FLEX, SDPA_GATHERED, SDPA_PADDED, Bound, Candidate, Own, block_mask
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.dense import block_mask_call, plain_call
@@ -127,35 +131,71 @@ def _heads_first(result: Any) -> Tensor:
 
 
 class _Pages(NamedTuple):
-    """Keys and values in pages (P, Hkv, page_size, D), their table (B, pages) and lengths (B,), both int32."""
+    """Keys and values in pages (P, Hkv, page_size, D), their table (B, pages) and lengths (B,), both int32.
+
+    Quantised ones have scales, (P, Hkv, page_size) float32.
+    """
 
     key: Tensor
     value: Tensor
     table: Tensor
     lengths: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
-    def gathered(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as (B, Hkv, S, D)."""
+    def quantized(self, stored: torch.dtype) -> _Pages:
+        """The same tokens as a :class:`torchhal.PagedKVCache` stores them, with scales of their own."""
+        key, key_scale = _stored(self.key, stored)
+        value, value_scale = _stored(self.value, stored)
+        return _Pages(key, value, self.table, self.lengths, key_scale, value_scale)
+
+    def gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as (B, Hkv, S, D), dequantised if they have scales."""
         made = []
-        for pages in (self.key, self.value):
+        for pages, scale in ((self.key, self.key_scale), (self.value, self.value_scale)):
             found = pages[self.table.long()]  # (B, pages, Hkv, page_size, D)
-            made.append(found.transpose(1, 2).reshape(found.shape[0], found.shape[2], -1, found.shape[-1]))
+            if scale is not None:
+                found = found.to(torch.float32) * scale[self.table.long()].unsqueeze(-1)
+            found = found.transpose(1, 2).to(dtype)
+            made.append(found.reshape(found.shape[0], found.shape[1], -1, found.shape[-1]))
         return made[0], made[1]
+
+
+def _stored(pages: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    count, heads, page_size, _ = pages.shape
+    slots = pages.new_empty((count, heads, page_size, 0), dtype=stored)
+    rows = pages.transpose(1, 2).flatten(0, 1)
+    written = quantized("tokens", rows, slots, check_scale("scale", None, slots))
+    assert written.scale is not None
+
+    def cut(tokens: Tensor) -> Tensor:
+        return tokens.view(count, page_size, *tokens.shape[1:]).transpose(1, 2).contiguous()
+
+    return cut(written.rows), cut(written.scale)
 
 
 @dataclass(frozen=True)
 class PagedDecode(Case):
-    """One new token of each sequence against keys in shuffled pages, held against the same keys in one piece."""
+    """One new token of each sequence against keys in shuffled pages, held against the same keys in one piece; and with
+    :attr:`stored` against the same keys in pages that are not quantised.
+    """
 
     kind: ClassVar[str] = "paged decode"
     baseline: ClassVar[str] = SDPA_GATHERED
 
     length: int = 1
     page_size: int = 16
+    stored: torch.dtype | None = None
+    """Type of quantised pages."""
 
     @property
     def bytes(self) -> float:
-        return super().bytes + 4 * self.batch * (self.keys // self.page_size + 1)
+        table = 4 * self.batch * (self.keys // self.page_size + 1)
+        if self.stored is None:
+            return super().bytes + table
+        rows = 2 * self.batch * self.heads * self.length * self.head_size * self.dtype.itemsize
+        tokens = 2 * self.batch * self.kv_heads * self.keys
+        return float(rows + tokens * (self.head_size * self.stored.itemsize + 4) + table)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -168,22 +208,42 @@ class PagedDecode(Case):
     def bind(self, device: torch.device, seed: int = 0) -> Bound:
         inputs = self.inputs(device, seed)
         pages = self.pages(inputs, seed)
-        operands = operands_of(
-            Functions(), None, 0.0, inputs.query, page_table=pages.table, seq_lens=pages.lengths
+        if self.stored is None:
+            others = Own(plain_call(inputs), label="dense")
+            return self._bound(inputs, pages, others, lambda: accuracy.expectation(inputs, False))
+        plain = Own(
+            self._call(inputs, pages),
+            label="unquantised",
+            expected=lambda: accuracy.expectation(inputs, False),
         )
-        call = Call(
+        held = pages.quantized(self.stored)
+        exact = Inputs(inputs.query, *held.gathered(torch.float32))
+        return self._bound(inputs, held, plain, lambda: accuracy.expectation(exact, False))
+
+    def _bound(
+        self, inputs: Inputs, pages: _Pages, yardstick: Own, expected: Callable[[], Expectation]
+    ) -> Bound:
+        own = (Own(self._call(inputs, pages)), yardstick)
+        return Bound(own, functools.partial(self._peers, inputs, pages), expected)
+
+    def _call(self, inputs: Inputs, pages: _Pages) -> Call:
+        operands = operands_of(
+            Functions(),
+            None,
+            0.0,
+            inputs.query,
+            page_table=pages.table,
+            seq_lens=pages.lengths,
+            key_scale=pages.key_scale,
+            value_scale=pages.value_scale,
+        )
+        return Call(
             inputs.query,
             pages.key,
             pages.value,
             layout="paged",
             operands=operands,
             enable_gqa=self.grouped,
-        )
-
-        return Bound(
-            (Own(call), Own(plain_call(inputs), label="dense")),
-            functools.partial(self._peers, inputs, pages),
-            lambda: accuracy.expectation(inputs, False),
         )
 
     def pages(self, inputs: Inputs, seed: int = 0) -> _Pages:
@@ -207,12 +267,14 @@ class PagedDecode(Case):
 
     def _peers(self, inputs: Inputs, pages: _Pages, flex: bool) -> list[Candidate]:
         def gather_and_attend() -> Any:
-            return candidates.sdpa(Inputs(inputs.query, *pages.gathered()))()
+            return candidates.sdpa(Inputs(inputs.query, *pages.gathered(self.dtype)))()
 
         peers = [Candidate(SDPA_GATHERED, gather_and_attend)]
         if flex:
-            peers.append(Candidate(FLEX, candidates.flex(inputs)))
+            dense = Inputs(inputs.query, *pages.gathered(self.dtype))
+            peers.append(Candidate(FLEX, candidates.flex(dense)))
         return peers
 
     def traits(self) -> str:
-        return f"pages of {self.page_size}"
+        kept = "" if self.stored is None else f" of {dtype_name(self.stored)}"
+        return f"pages of {self.page_size}{kept}"
