@@ -21,8 +21,9 @@ FORWARD: Final = 2.0
 BACKWARD: Final = 3.0
 LARGEST_ULPS: Final = 2.0
 RMS_ULPS: Final = 1.0
-OWN_ULPS: Final = 8.0
-"""Of a float64 result, whose oracle is no more exact than it is."""
+OWN_ULPS: Final = 16.0
+"""Of a float64 result, whose oracle is no more exact than it is: over 1031 keys two kernels were found 3 and 6 units from
+an extended-precision evaluation, each in its own direction."""
 
 
 def ratio(found: Tensor, exact: Tensor, plain: Tensor, k: float = FORWARD) -> float:

@@ -18,11 +18,11 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define THAL_INTERFACE_VERSION 3
+#define THAL_INTERFACE_VERSION 4
 
-enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_DTYPES = 3 };
+enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_F64 = 3, THAL_DTYPES = 4 };
 /* Of quantised keys and values: signed bytes, and float8_e4m3fn (8 bits, 4 of exponent, no infinities). */
-enum { THAL_I8 = 3, THAL_F8 = 4, THAL_STORED_TYPES = 5 };
+enum { THAL_I8 = 4, THAL_F8 = 5, THAL_STORED_TYPES = 6 };
 
 /* AUTO takes the set chosen by thal_set_isa for the dtype (at first the widest one this CPU has). */
 enum {
@@ -35,7 +35,7 @@ enum {
 };
 
 /* BOOL: one byte per element, non-zero = attend. The others are added to the scaled score; -inf means masked. */
-enum { THAL_MASK_NONE = 0, THAL_MASK_BOOL = 1, THAL_MASK_F32 = 2, THAL_MASK_BF16 = 3, THAL_MASK_F16 = 4 };
+enum { THAL_MASK_NONE = 0, THAL_MASK_BOOL = 1, THAL_MASK_F32 = 2, THAL_MASK_BF16 = 3, THAL_MASK_F16 = 4, THAL_MASK_F64 = 5 };
 
 enum {
   THAL_OK = 0,
@@ -69,7 +69,8 @@ typedef struct thal_captured {
   const int64_t *sizes, *strides;
 } thal_captured;
 
-/* A captured function: score_mod(score, b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx), float32 and int32. */
+/* A captured function: score_mod(score, b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx), int32 and, for the score,
+ * float32 or in float64 calls float64. */
 typedef struct thal_function {
   const int64_t* words;
   int64_t count;
@@ -110,23 +111,21 @@ typedef struct thal_quantized {
 typedef struct thal_dropout {
   uint64_t seed;
   uint64_t threshold; /* up to 2^32 */
-  float kept;         /* 1 / (1 - p), and 1 for p = 1 */
-  int32_t reserved;
+  double kept;        /* 1 / (1 - p), and 1 for p = 1 */
 } thal_dropout;
 
 typedef struct thal_attention {
   uint32_t struct_size; /* sizeof(thal_attention) */
-  int32_t dtype;        /* of q, k, v and out, of k and v unless quantized; arithmetic accumulates in float32 */
+  int32_t dtype;        /* of q, k, v and out, of k and v unless quantized; float64 is computed in float64, all else in float32 */
   int32_t isa;
   int32_t is_causal; /* key j is visible to query i iff j <= i (top-left aligned) */
   int32_t mask_kind;
   int32_t num_threads;
-  float scale;
-  int32_t reserved;
+  double scale;
   int64_t B, Hq, Hkv, L, S, E, Ev; /* B, L, S, Ev and both numbers of heads may be 0 */
   const void *q, *k, *v, *mask;
   void* out;
-  float* lse;           /* optional: natural logarithm of the sum, (B, Hq, L); -inf for fully masked rows */
+  void* lse;            /* optional: natural logarithm of the sum, (B, Hq, L), float32 or for THAL_F64 float64; -inf for fully masked rows */
   int64_t q_stride[4];  /* (B, Hq, L, E) */
   int64_t k_stride[4];  /* (B, Hkv, S, E) */
   int64_t v_stride[4];  /* (B, Hkv, S, Ev) */
@@ -159,8 +158,8 @@ typedef struct thal_gradients {
   uint32_t struct_size; /* sizeof(thal_gradients) */
   int32_t contribution_count;
   const void* grad_out;  /* of the call's dtype */
-  const float* grad_lse; /* null: none */
-  /* Of the call's dtype. Of pages, which sequences may share, the last two are float32 tensors of 0, added to. */
+  const void* grad_lse;  /* null: none; of the lse's type */
+  /* Of the call's dtype. Of pages, which sequences may share, the last two are float32 (float64) tensors of 0, added to. */
   void *grad_q, *grad_k, *grad_v;
   int64_t grad_out_stride[4], grad_lse_stride[3], grad_q_stride[4], grad_k_stride[4], grad_v_stride[4];
   /* The gradient of the score_mod: its inputs and the gradient of its result, to the gradient of the score and the

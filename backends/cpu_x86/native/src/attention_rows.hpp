@@ -113,7 +113,7 @@ class Rows {
     src = contiguous_row<size>(src, c_.q_stride[3], c_.E, buffer_);
     for (int64_t e = 0; e < width_; e += N) {
       const F x = V::template load_part<T>(src + e * size, static_cast<int>(smaller(N, c_.E - e)));
-      V::store(q_ + r * width_ + e, V::mul(x, V::set1(p_.query_factor)));
+      V::store(q_ + r * width_ + e, V::mul(x, V::set1(static_cast<float>(p_.query_factor))));
     }
   }
 
@@ -322,14 +322,14 @@ class Rows {
     F top = V::set1(-kInf);
     for (int64_t j = 0; j < kBlock; j += N) {
       F x = V::load(s + j);
-      if (masked_) x = V::add_bias(x, V::set1(p_.score_factor), V::load(bias(r) + j));
+      if (masked_) x = V::add_bias(x, V::set1(static_cast<float>(p_.score_factor)), V::load(bias(r) + j));
       if (p_.has_score_mod) V::store(bias(r) + j, x);  // a score of -inf hides its key too
       V::store(s + j, x);
       top = V::max(top, x);
     }
     const float block_max = V::reduce_max(top);
     const float now = max_[r] > block_max ? max_[r] : block_max;
-    const F safe = V::finite_max(V::set1(now)), factor = V::set1(p_.exp_factor);
+    const F safe = V::finite_max(V::set1(now)), factor = V::set1(static_cast<float>(p_.exp_factor));
     F total = V::zero();
     for (int64_t j = 0; j < kBlock; j += N) {
       const F w = V::exp2(V::mul(V::sub(V::load(s + j), safe), factor));
@@ -398,7 +398,7 @@ class Rows {
   void add_wild_values(const Run& run) {
     for (int64_t j = 0; j < run.count; ++j)
       for (int64_t e = 0; e < c_.Ev; ++e) {
-        float x = scalar_as_float<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
+        float x = scalar<V, DT>(run.values + (j * c_.v_stride[2] + e * c_.v_stride[3]) * kSize);
         if constexpr (is_quantized<DT>())
           if (!is_finite(value_scales_[run.at + j])) x *= value_scales_[run.at + j];
         if (is_finite(x)) continue;
@@ -409,7 +409,7 @@ class Rows {
 
   void finish(int64_t r) {
     emit_state(p_, it_, r, max_[r], sum_[r]);
-    const F scale = it_.partial ? V::set1(1.0f) : V::mul(V::inverse_or_zero(V::set1(sum_[r])), V::set1(p_.kept()));
+    const F scale = it_.partial ? V::set1(1.0f) : V::mul(V::inverse_or_zero(V::set1(sum_[r])), V::set1(static_cast<float>(p_.kept())));
     for (int64_t e = 0; e < c_.Ev; e += N) {
       const int w = static_cast<int>(smaller(N, c_.Ev - e));
       const F x = V::mul(V::load(o_ + r * value_width_ + e), scale);

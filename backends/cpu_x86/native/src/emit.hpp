@@ -8,17 +8,25 @@
 namespace {
 
 // The partial result of one item: rows x Ev unnormalised sums, then per row its maximum and its sum of weights.
-inline float* partial_maxima(const Plan& p, const Item& it) { return it.partial + p.tile_rows * p.call.Ev; }
+template <class T>
+T* partial_sums(const Item& it) {
+  return reinterpret_cast<T*>(it.partial);
+}
 
-inline void emit_state(const Plan& p, const Item& it, int64_t i, float max, float sum) {
+inline float natural_log(float x) { return ::logf(x); }
+inline double natural_log(double x) { return ::log(x); }
+
+template <class T>
+inline void emit_state(const Plan& p, const Item& it, int64_t i, T max, T sum) {
   if (it.partial) {
-    float* maxima = partial_maxima(p, it);
+    T* maxima = partial_sums<T>(it) + p.tile_rows * p.call.Ev;
     maxima[i] = max;
     maxima[p.tile_rows + i] = sum;
   } else if (p.call.lse) {
     const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
     const auto* s = p.call.lse_stride;
-    p.call.lse[it.sequence.lse + h * s[1] + l * s[2]] = sum == 0.0f ? -kInf : max * p.lse_factor + ::logf(sum);
+    static_cast<T*>(p.call.lse)[it.sequence.lse + h * s[1] + l * s[2]] =
+        sum == T(0) ? -kInf : max * static_cast<T>(p.lse_factor) + natural_log(sum);
   }
 }
 
@@ -30,7 +38,7 @@ inline void store_columns(char* out, int64_t stride, typename V::F x, int w) {
     V::template store_part<DT>(out, x, w);
     return;
   }
-  alignas(64) char line[V::N * 4];
+  alignas(64) char line[V::N * sizeof(Real<V>)];
   V::template store_part<DT>(line, x, w);
   for (int j = 0; j < w; ++j) std::memcpy(out + j * stride * size, line + j * size, static_cast<size_t>(size));
 }
@@ -39,7 +47,7 @@ inline void store_columns(char* out, int64_t stride, typename V::F x, int w) {
 template <class V, int DT>
 inline void emit_columns(const Plan& p, const Item& it, int64_t i, int64_t e, typename V::F x, int w) {
   if (it.partial) {
-    V::template store_part<THAL_F32>(it.partial + i * p.call.Ev + e, x, w);
+    V::template store_part<real_type<V>()>(partial_sums<Real<V>>(it) + i * p.call.Ev + e, x, w);
     return;
   }
   constexpr int64_t size = size_of<DT>();

@@ -132,7 +132,7 @@ class FlexCall : protected TorchCall {
       return false;
     double scale;
     std::memcpy(&scale, &stack_[5], sizeof(scale));
-    c_.scale = static_cast<float>(scale);
+    c_.scale = scale;
     c_.is_causal = d_->is_causal != 0;
     return true;
   }
@@ -278,7 +278,7 @@ class FlexCall : protected TorchCall {
     if (!(p >= 0.0 && p <= 1.0)) return fail("the probability of dropout must be from 0 to 1");
     std::memcpy(&dropout_.seed, seed.data, sizeof(dropout_.seed));
     dropout_.threshold = static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
-    dropout_.kept = static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 1.0);
+    dropout_.kept = p < 1.0 ? 1.0 / (1.0 - p) : 1.0;
     c_.dropout = &dropout_;
     return true;
   }

@@ -15,11 +15,11 @@ struct GradientPlan {
   thal_gradients g;
   Program score_gradient;  // d score, then what is added to captured tensors
   int64_t items;
-  int64_t key_width, value_width;  // floats of a row of sums: whole vectors
-  int64_t own_floats;              // sums of the largest item that has its keys to itself, in scratch
-  int64_t partial_floats;          // of the largest that shares them with others: these are added up at the end
+  int64_t key_width, value_width;  // elements of a row of sums: whole vectors
+  int64_t own_bytes;               // sums of the largest item that has its keys to itself, in scratch
+  int64_t partial_bytes;           // of the largest that shares them with others: these are added up at the end
   int64_t partial_count;
-  float* partials;
+  char* partials;
   // Sums over pairs, of a mask or captured tensors. Items of a group run one after the other and add to one copy.
   int64_t groups, copies;
   bool by_head;  // the groups are the key heads, which share one copy and write to places of their own
@@ -36,7 +36,7 @@ struct GradientPlan {
 struct GradientItem {
   Sequence sequence;
   int64_t kv_head, tile0, tiles;
-  float* partial;  // where keys and values are summed; null: in scratch
+  char* partial;  // where keys and values are summed; null: in scratch
   double* sums;
 };
 

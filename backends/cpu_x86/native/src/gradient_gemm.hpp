@@ -17,18 +17,18 @@ struct TileWeights {
 
 // NR keys from key j on, NC vectors of columns. `rows` is packed: NC vectors for each query row, or pair of them.
 template <class V, bool PAIRS, int W, int NR, int NC>
-THAL_NOINLINE void add_outer(const TileWeights& w, int64_t j, const float* rows, float* c, int64_t stride) {
-  constexpr int64_t words = PAIRS ? W / 2 : W;
+THAL_NOINLINE void add_outer(const TileWeights& w, int64_t j, const Real<V>* rows, Real<V>* c, int64_t stride) {
+  constexpr int64_t words = PAIRS ? W / 2 : W, kWord = sizeof(Real<V>);
   typename V::F acc[NR * NC];
   each<NR * NC>([&](auto i) { acc[i] = V::zero(); });
   for (int64_t p = 0; p < w.panels; ++p) {
     if (w.limits[p] <= j) continue;
     const int64_t left = w.rows - p * W, depth = smaller(words, PAIRS ? (left + 1) / 2 : left);
-    const AlongRow weights(w.data + p * w.panel_bytes + j * words * 4, words * 4);
+    const AlongRow<Real<V>> weights(w.data + p * w.panel_bytes + j * words * kWord, words * kWord);
     multiply_into<V, PAIRS, NR, NC>(acc, weights, rows + p * words * NC * V::N, depth);
   }
   each<NR * NC>([&](auto i) {
-    float* out = c + i / NC * stride + i % NC * V::N;
+    Real<V>* out = c + i / NC * stride + i % NC * V::N;
     V::store(out, V::add(V::load(out), acc[i]));
   });
 }
@@ -42,10 +42,10 @@ int64_t chunk_columns(int64_t column, int64_t columns) {
 // All of a block: `keys` keys, c of rows `stride` floats apart with room for whole vectors and whole groups of keys.
 // A chunk of packed rows holds `depth` of them.
 template <class V, bool PAIRS, int W>
-void add_outer_block(const TileWeights& w, int64_t keys, const float* rows, int64_t depth, int64_t columns, float* c,
+void add_outer_block(const TileWeights& w, int64_t keys, const Real<V>* rows, int64_t depth, int64_t columns, Real<V>* c,
                      int64_t stride) {
   for (int64_t j = 0; j < keys; j += V::kRows) {
-    const float* chunk = rows;
+    const Real<V>* chunk = rows;
     for (int64_t e = 0, width; e < columns; e += width) {
       width = chunk_columns<V>(e, columns);
       if (width == V::N) {

@@ -8,10 +8,11 @@
 namespace {
 
 // One run of the gradient's program: its results are taken chunk by chunk.
+template <class Weight>
 struct CapturedSums {
   const thal::GradientPlan& g;
   double* sums;
-  const float* weights;  // of the pairs; a pair of weight 0 adds nothing, whatever the program makes of it
+  const Weight* weights;  // of the pairs; a pair of weight 0 adds nothing, whatever the program makes of it
   int64_t stride;        // from key to key
   int64_t lanes;         // that are query rows
 
@@ -50,10 +51,10 @@ struct CapturedSums {
     for (int64_t j = 0; j < rows; ++j) {
       int64_t at[kLanes] = {};
       bool one_place = place(c, frame, first, j, at);
-      const float* w = weights + (first + j) * stride;
+      const Weight* w = weights + (first + j) * stride;
       double total = 0.0;
       for (int64_t i = 0; i < lanes; ++i) {
-        if (w[i] == 0.0f) continue;
+        if (w[i] == Weight(0)) continue;
         const auto x = static_cast<double>(value.at(first, j, i));
         if (one_place) {
           total += x;

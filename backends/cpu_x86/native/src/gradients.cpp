@@ -53,8 +53,9 @@ int decode_gradient(GradientPlan& g) {
   const thal_attention& c = g.p.call;
   if (!c.score_mod) return g.g.contribution_count ? THAL_BAD_PROGRAM : THAL_OK;
   const Span spans[] = {Span::kBlock, Span::kOne, Span::kLanes, Span::kLanes, Span::kRows, Span::kBlock};
-  if (const int code = decode(g.g.words, g.g.word_count, spans, 6, Type::kF32, g.score_gradient)) return code;
-  const std::vector<Type> wanted = {Type::kF32, Type::kI32, Type::kI32, Type::kI32, Type::kI32, Type::kF32};
+  const Type real = c.dtype == THAL_F64 ? Type::kF64 : Type::kF32;
+  if (const int code = decode(g.g.words, g.g.word_count, spans, 6, real, g.score_gradient)) return code;
+  const std::vector<Type> wanted = {real, Type::kI32, Type::kI32, Type::kI32, Type::kI32, real};
   if (g.score_gradient.inputs != wanted) return THAL_BAD_PROGRAM;
   if (!fit(g.score_gradient, c.score_mod->captured, c.score_mod->captured_count)) return THAL_BAD_PROGRAM;
   for (int32_t i = 0; i < g.g.contribution_count; ++i)
@@ -72,6 +73,11 @@ int check(const thal_attention& c, const thal_gradients& g) {
 
 // Whether other items add to the gradients of the keys that an item of this sequence sees. Sequences may share pages.
 bool shares_keys(const Plan& p, const Sequence& s) { return s.splits > 1 || p.paged(); }
+
+// Of the sums of as many keys, and the values behind them.
+int64_t key_bytes(const GradientPlan& g, int64_t keys) {
+  return (keys + kSpareKeys) * (g.key_width + g.value_width) * g.p.real;
+}
 
 // Shares of the tiles of each head, fewer where there are heads enough.
 void number_items(GradientPlan& g) {
@@ -92,8 +98,8 @@ void number_items(GradientPlan& g) {
     g.partial_count += shares_keys(p, s) ? items : 0;
     if (!shares_keys(p, s)) own_keys = std::max(own_keys, s.S);
   }
-  g.own_floats = own_keys < 0 ? 0 : (own_keys + kSpareKeys) * (g.key_width + g.value_width);
-  g.partial_floats = (p.most_keys + kSpareKeys) * (g.key_width + g.value_width);
+  g.own_bytes = own_keys < 0 ? 0 : key_bytes(g, own_keys);
+  g.partial_bytes = key_bytes(g, p.most_keys);
 }
 
 GradientItem item_at(const GradientPlan& g, int64_t index) {
@@ -107,7 +113,7 @@ GradientItem item_at(const GradientPlan& g, int64_t index) {
   item.kv_head = head % p.call.Hkv;
   item.tile0 = std::min(s.tiles, share * each);
   item.tiles = std::min(s.tiles, item.tile0 + each) - item.tile0;
-  item.partial = shares_keys(p, s) ? g.partials + (s.partial0 + own) * g.partial_floats : nullptr;
+  item.partial = shares_keys(p, s) ? g.partials + (s.partial0 + own) * g.partial_bytes : nullptr;
   item.sums = g.g.sums;
   return item;
 }
@@ -130,24 +136,25 @@ void group_items(GradientPlan& g) {
 void set_scratch(GradientPlan& g) {
   const Plan& p = g.p;
   const thal_attention& c = p.call;
+  const int64_t real = p.real;
   Scratch layout{p.scratch_bytes};
-  const int64_t rows = ceil_div(p.tile_rows, p.panel) * p.panel, pairs = rows * kKeyBlock * 4;
+  const int64_t rows = ceil_div(p.tile_rows, p.panel) * p.panel, pairs = rows * kKeyBlock * p.real;
   g.at_weights = layout.take(pairs);
   g.at_gradients = layout.take(pairs);
   const bool pairs_of_bf16 = p.isa->bf16_pairs && c.dtype == THAL_BF16;
   g.at_narrow_weights = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
   g.at_narrow_gradients = layout.take(pairs_of_bf16 ? pairs / 2 : 0);
   g.at_key_pairs = layout.take(pairs_of_bf16 ? kKeyBlock * p.panel * 2 : 0);
-  g.at_query_rows = layout.take(rows * g.key_width * 4);
-  g.at_above = layout.take(rows * c.Ev * 4);
-  g.at_above_rows = layout.take(rows * g.value_width * 4);
-  g.at_delta = layout.take(rows * 4);
-  g.at_shift = layout.take(rows * 4);
-  g.at_out = layout.take(p.panel * c.Ev * 4);
-  g.at_clean = layout.take(kKeyBlock * g.key_width * 4);
-  g.at_kept = layout.take(c.dropout ? kKeyBlock * p.panel * 4 : 0);
+  g.at_query_rows = layout.take(rows * g.key_width * real);
+  g.at_above = layout.take(rows * c.Ev * real);
+  g.at_above_rows = layout.take(rows * g.value_width * real);
+  g.at_delta = layout.take(rows * real);
+  g.at_shift = layout.take(rows * real);
+  g.at_out = layout.take(p.panel * c.Ev * real);
+  g.at_clean = layout.take(kKeyBlock * g.key_width * real);
+  g.at_kept = layout.take(c.dropout ? kKeyBlock * p.panel * real : 0);
   g.at_program = layout.take(g.score_gradient.bytes);
-  g.at_keys = layout.take(g.own_floats * 4);
+  g.at_keys = layout.take(g.own_bytes);
   g.scratch_bytes = layout.at;
 }
 
@@ -182,35 +189,46 @@ void run_group(const GradientPlan& g, const Isa& isa, int64_t group, char* scrat
 }
 
 // Adds the sums of all items of one key head to the pages, sequence by sequence.
+template <class T>
 void add_to_pages(const GradientPlan& g, int64_t head) {
   const thal_attention& c = g.p.call;
   const thal_ragged& r = *c.ragged;
   for (int64_t i = 0; i < g.items; ++i) {
     const GradientItem item = item_at(g, i);
     if (item.kv_head != head) continue;
-    const float *keys = item.partial, *values = keys + (item.sequence.S + kSpareKeys) * g.key_width;
+    const T* keys = reinterpret_cast<const T*>(item.partial);
+    const T* values = keys + (item.sequence.S + kSpareKeys) * g.key_width;
     for (int64_t j = 0; j < item.sequence.S; ++j) {
       const int64_t page = r.page_table[item.sequence.b * r.page_table_stride[0] + j / r.page_size * r.page_table_stride[1]];
-      const auto add = [&](void* to, const int64_t* stride, const float* sums, int64_t columns, float factor) {
-        float* row = static_cast<float*>(to) + page * stride[0] + head * stride[1] + j % r.page_size * stride[2];
-        for (int64_t e = 0; e < columns; ++e) row[e * stride[3]] += sums[e] * factor;
+      const auto add = [&](void* to, const int64_t* stride, const T* sums, int64_t columns, double factor) {
+        T* row = static_cast<T*>(to) + page * stride[0] + head * stride[1] + j % r.page_size * stride[2];
+        for (int64_t e = 0; e < columns; ++e) row[e * stride[3]] += sums[e] * static_cast<T>(factor);
       };
-      add(g.g.grad_k, g.g.grad_k_stride, keys + j * g.key_width, c.E, c.scale);
+      add(g.g.grad_k, g.g.grad_k_stride, keys + j * g.key_width, c.E, g.p.scale);
       add(g.g.grad_v, g.g.grad_v_stride, values + j * g.value_width, c.Ev, g.p.kept());
     }
   }
 }
 
 // Adds up the sums of the items that share keys, in order, and stores them.
-void merge_item(const GradientPlan& g, const Isa& isa, int64_t i) {
+template <class T>
+void merge_item(const GradientPlan& g, int64_t i) {
   const GradientItem item = item_at(g, i);
   if (!item.partial || (i - sequence_at(g.p, i, &Sequence::item0).item0) % item.sequence.splits) return;
-  const int64_t floats = (item.sequence.S + kSpareKeys) * (g.key_width + g.value_width);
+  const int64_t count = key_bytes(g, item.sequence.S) / g.p.real;
+  T* sums = reinterpret_cast<T*>(item.partial);
   for (int64_t share = 1; share < item.sequence.splits; ++share) {
-    const float* more = item.partial + share * g.partial_floats;
-    for (int64_t f = 0; f < floats; ++f) item.partial[f] += more[f];
+    const T* more = reinterpret_cast<const T*>(item.partial + share * g.partial_bytes);
+    for (int64_t f = 0; f < count; ++f) sums[f] += more[f];
   }
-  isa.store_key_gradients[g.p.call.dtype](g, item, item.partial);
+  g.p.isa->store_key_gradients[g.p.call.dtype](g, item, item.partial);
+}
+
+template <class T>
+int merge_items(const GradientPlan& g, int64_t workers) {
+  if (g.p.paged())
+    return run_tasks(g.p.call, g.p.call.Hkv, workers, [&](int64_t head, int64_t) { add_to_pages<T>(g, head); });
+  return run_tasks(g.p.call, g.items, workers, [&](int64_t i, int64_t) { merge_item<T>(g, i); });
 }
 
 void merge_sums(const GradientPlan& g) {
@@ -245,7 +263,7 @@ int64_t make_gradient_plan(const thal_attention& call, const thal_gradients& gra
   number_items(g);
   group_items(g);
   set_scratch(g);
-  return 64 + workers_of(g) * g.scratch_bytes + g.partial_count * g.partial_floats * 4 + copy_doubles(g) * 8;
+  return 64 + workers_of(g) * g.scratch_bytes + g.partial_count * g.partial_bytes + copy_doubles(g) * 8;
 }
 
 int run_gradient_plan(GradientPlan& g, void* workspace) {
@@ -256,16 +274,14 @@ int run_gradient_plan(GradientPlan& g, void* workspace) {
   char* scratch = aligned(workspace);
   const int64_t reserved = workers_of(g), workers = work_of(g.p) < kSerialWork ? 1 : reserved;
   g.copy_sums = reinterpret_cast<double*>(scratch + reserved * g.scratch_bytes);
-  g.partials = reinterpret_cast<float*>(g.copy_sums + copy_doubles(g));
+  g.partials = reinterpret_cast<char*>(g.copy_sums + copy_doubles(g));
   std::fill(g.copy_sums, g.copy_sums + copy_doubles(g), 0.0);
   const Isa& isa = *g.p.isa;
   const auto run = [&](int64_t i, int64_t worker) { run_group(g, isa, i, scratch + worker * g.scratch_bytes); };
   if (const int code = run_tasks(g.p.call, g.groups, workers, run)) return code;
   merge_sums(g);
   if (!g.partial_count) return THAL_OK;
-  if (g.p.paged())
-    return run_tasks(g.p.call, g.p.call.Hkv, workers, [&](int64_t head, int64_t) { add_to_pages(g, head); });
-  return run_tasks(g.p.call, g.items, workers, [&](int64_t i, int64_t) { merge_item(g, isa, i); });
+  return g.p.real == 8 ? merge_items<double>(g, workers) : merge_items<float>(g, workers);
 }
 
 }  // namespace thal

@@ -1,6 +1,7 @@
 // Kernels for AVX2, FMA and F16C.
 #include "vec_avx2.hpp"
-// The vector class comes first: the templates below are written against it.
+#include "vec_avx2_f64.hpp"
+// The vector classes come first: the templates below are written against them.
 #include "isa_table.hpp"
 
 const thal::Isa thal::kAvx2 = {
@@ -8,12 +9,16 @@ const thal::Isa thal::kAvx2 = {
     thal::kKeyBlock,
     1,
     false,
-    {run_tile<Vec256, THAL_F32, false>, run_tile<Vec256, THAL_BF16, false>, run_tile<Vec256, THAL_F16, false>},
-    {run_rows<Vec256, THAL_F32>, run_rows<Vec256, THAL_BF16>, run_rows<Vec256, THAL_F16>, run_rows<Vec256, THAL_I8>,
-     run_rows<Vec256, THAL_F8>},
+    {run_tile<Vec256, THAL_F32, false>, run_tile<Vec256, THAL_BF16, false>, run_tile<Vec256, THAL_F16, false>,
+     run_tile<Vec256d, THAL_F64, false>},
+    {run_rows<Vec256, THAL_F32>, run_rows<Vec256, THAL_BF16>, run_rows<Vec256, THAL_F16>,
+     nullptr,  // float64 has tiles alone
+     run_rows<Vec256, THAL_I8>, run_rows<Vec256, THAL_F8>},
     fma_flops<Vec256>,
     run_program,
-    {run_gradient<Vec256, THAL_F32, false>, run_gradient<Vec256, THAL_BF16, false>, run_gradient<Vec256, THAL_F16, false>},
-    {store_key_gradients<Vec256, THAL_F32>, store_key_gradients<Vec256, THAL_BF16>, store_key_gradients<Vec256, THAL_F16>},
+    {run_gradient<Vec256, THAL_F32, false>, run_gradient<Vec256, THAL_BF16, false>, run_gradient<Vec256, THAL_F16, false>,
+     run_gradient<Vec256d, THAL_F64, false>},
+    {store_key_gradients<Vec256, THAL_F32>, store_key_gradients<Vec256, THAL_BF16>, store_key_gradients<Vec256, THAL_F16>,
+     store_key_gradients<Vec256d, THAL_F64>},
     run_map,
 };

@@ -21,7 +21,7 @@ class KeySource {
  public:
   KeySource(const Plan& p, const Item& it)
       : c_(p.call), it_(it), pages_(p.call.ragged && p.call.ragged->lengths ? p.call.ragged : nullptr),
-        size_(p.call.quantized ? 1 : p.call.dtype == THAL_F32 ? 4 : 2) {
+        size_(p.call.quantized ? 1 : thal::bytes_of(p.call.dtype)) {
     for (int shift = 0; pages_ && shift < 31; ++shift)
       if (pages_->page_size == int64_t{1} << shift) shift_ = shift;
   }
@@ -62,7 +62,7 @@ inline void copy_scales(const float* scale, int64_t stride, int64_t n, float* ds
 
 // Rows of `columns`, each times its scale.
 template <class V>
-void scale_rows(float* rows, const float* scale, int64_t stride, int64_t n, int64_t columns) {
+void scale_rows(Real<V>* rows, const float* scale, int64_t stride, int64_t n, int64_t columns) {
   for (int64_t j = 0; j < n; ++j, rows += columns) {
     const typename V::F factor = V::set1(scale[j * stride]);
     int64_t e = 0;
@@ -71,9 +71,9 @@ void scale_rows(float* rows, const float* scale, int64_t stride, int64_t n, int6
   }
 }
 
-// The keys and values of a block as contiguous float32 rows.
+// The keys and values of a block as contiguous rows of what is computed with.
 template <class V, int DT>
-void dequantize_rows(const thal_attention& c, const KeyRun& run, float* keys, float* values, char* buffer) {
+void dequantize_rows(const thal_attention& c, const KeyRun& run, Real<V>* keys, Real<V>* values, char* buffer) {
   widen_rows<V, DT>(run.keys, c.k_stride, run.count, c.E, keys, buffer);
   widen_rows<V, DT>(run.values, c.v_stride, run.count, c.Ev, values, buffer);
   scale_rows<V>(keys, run.key_scale, c.quantized->key_stride[2], run.count, c.E);
@@ -85,7 +85,7 @@ void dequantize_block(const thal_attention& c, const KeySource& source, int64_t 
                       char* buffer) {
   for (int64_t j = 0; j < count;) {
     const KeyRun run = source.run(key0 + j, count - j);
-    float* to[] = {reinterpret_cast<float*>(keys) + j * c.E, reinterpret_cast<float*>(values) + j * c.Ev};
+    Real<V>* to[] = {reinterpret_cast<Real<V>*>(keys) + j * c.E, reinterpret_cast<Real<V>*>(values) + j * c.Ev};
     if (c.quantized->type == THAL_I8) {
       dequantize_rows<V, THAL_I8>(c, run, to[0], to[1], buffer);
     } else {

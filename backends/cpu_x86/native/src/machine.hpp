@@ -95,8 +95,8 @@ class Step : Arithmetic {
         for (int64_t i = 0; i < frame_.rows; ++i) out[i] = element(i);
         fill(out + frame_.rows, rows_ * kLanes - frame_.rows, T(0));
       } else {
-        if constexpr (std::is_same_v<T, float>) {
-          if (in_.attribute == 0) return load_rows(out, in.stride, [&](int64_t i) { return element(i) * frame_.factor; });
+        if constexpr (std::is_floating_point_v<T>) {
+          if (in_.attribute == 0) return load_rows(out, in.stride, [&](int64_t i) { return element(i) * static_cast<T>(frame_.factor); });
         }
         load_rows(out, in.stride, element);
       }

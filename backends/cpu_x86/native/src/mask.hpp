@@ -14,18 +14,21 @@ inline typename V::F load_mask(int32_t kind, const char* p, int n) {
       return V::template load_part<THAL_BF16>(p, n);
     case THAL_MASK_F16:
       return V::template load_part<THAL_F16>(p, n);
+    case THAL_MASK_F64:
+      if constexpr (real_type<V>() == THAL_F64) return V::template load_part<THAL_F64>(p, n);
+      return V::zero();  // refused before
     default:
       return V::template load_part<THAL_F32>(p, n);
   }
 }
 
-inline int64_t mask_size(int32_t kind) { return kind == THAL_MASK_BOOL ? 1 : kind == THAL_MASK_F32 ? 4 : 2; }
+inline int64_t mask_size(int32_t kind) { return kind == THAL_MASK_BOOL ? 1 : kind == THAL_MASK_F64 ? 8 : kind == THAL_MASK_F32 ? 4 : 2; }
 
 // n <= N mask values `stride` elements apart.
 template <class V>
 inline typename V::F load_mask_strided(int32_t kind, const char* p, int64_t stride, int n) {
   if (stride == 1) return load_mask<V>(kind, p, n);
-  alignas(64) char buffer[V::N * 4];
+  alignas(64) char buffer[V::N * 8];
   const int64_t size = mask_size(kind);
   for (int i = 0; i < n; ++i) std::memcpy(buffer + i * size, p + i * stride * size, static_cast<size_t>(size));
   return load_mask<V>(kind, buffer, n);
@@ -49,7 +52,8 @@ enum class Cover { kHidden, kMixed, kOpen };  // every bias is -inf, or some are
 // bias[j * NQ * N + lane] for keys [key0, key0 + n) and the panel starting at row0; -inf where masked, by the mask or by
 // the causal limit.
 template <class V, int NQ>
-Cover fill_bias(const Plan& p, const Item& it, int64_t row0, const int32_t* limit, int64_t key0, int64_t n, float* bias) {
+Cover fill_bias(const Plan& p, const Item& it, int64_t row0, const int32_t* limit, int64_t key0, int64_t n,
+                Real<V>* bias) {
   constexpr int W = NQ * V::N;
   const auto& c = p.call;
   const int64_t size = mask_size(c.mask_kind), last = it.row0 + it.rows - 1;
@@ -65,7 +69,7 @@ Cover fill_bias(const Plan& p, const Item& it, int64_t row0, const int32_t* limi
       const int w = static_cast<int>(smaller(V::N, n - j));
       typename V::F t[V::N];
       if (uniform) {
-        alignas(64) float line[V::N];
+        alignas(64) Real<V> line[V::N];
         V::store(line, load_mask_strided<V>(c.mask_kind, rows[0] + j * step * size, step, w));
         for (int i = 0; i < w; ++i) t[i] = V::set1(line[i]);
       } else {
@@ -87,7 +91,7 @@ Cover fill_bias(const Plan& p, const Item& it, int64_t row0, const int32_t* limi
 
 // The causal limit alone.
 template <class V, int NQ>
-void causal_bias(const int32_t* limit, int64_t key0, int64_t n, float* bias) {
+void causal_bias(const int32_t* limit, int64_t key0, int64_t n, Real<V>* bias) {
   for (int64_t j = 0; j < n; ++j)
     for (int half = 0; half < NQ; ++half)
       V::store(bias + (j * NQ + half) * V::N,

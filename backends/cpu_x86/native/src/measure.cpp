@@ -49,17 +49,22 @@ void read_range(int64_t i, void* ctx) {
 // Small pseudo-random inputs; the pattern holds for every dtype because a short exponent range is the same in all.
 void fill(std::vector<char>& bytes, int32_t dtype) {
   uint32_t state = 12345;
-  const size_t size = dtype == THAL_F32 ? 4 : 2;
+  const auto size = static_cast<size_t>(thal::bytes_of(dtype));
   for (size_t i = 0; i + size <= bytes.size(); i += size) {
     state = state * 1664525u + 1013904223u;
     const uint32_t sign = state >> 31, mantissa = state >> 8 & 0x3f;
-    if (dtype == THAL_F32) {
-      const uint32_t word = sign << 31 | 126u << 23 | mantissa << 17;
+    const uint32_t word = sign << 31 | 126u << 23 | mantissa << 17;
+    if (dtype == THAL_F64) {
+      float narrow;
+      std::memcpy(&narrow, &word, 4);
+      const double wide = narrow;
+      std::memcpy(&bytes[i], &wide, 8);
+    } else if (dtype == THAL_F32) {
       std::memcpy(&bytes[i], &word, 4);
     } else {
-      const uint16_t word = static_cast<uint16_t>(dtype == THAL_BF16 ? sign << 15 | 126u << 7 | mantissa
+      const uint16_t half = static_cast<uint16_t>(dtype == THAL_BF16 ? sign << 15 | 126u << 7 | mantissa
                                                                     : sign << 15 | 14u << 10 | mantissa << 4);
-      std::memcpy(&bytes[i], &word, 2);
+      std::memcpy(&bytes[i], &half, 2);
     }
   }
 }
@@ -68,7 +73,7 @@ void fill(std::vector<char>& bytes, int32_t dtype) {
 thal_attention sample(int32_t isa, int32_t dtype) {
   thal_attention c = {};
   c.struct_size = sizeof(c);
-  c.dtype = dtype, c.isa = isa, c.num_threads = 1, c.scale = 0.125f;
+  c.dtype = dtype, c.isa = isa, c.num_threads = 1, c.scale = 0.125;
   c.B = c.Hq = c.Hkv = 1, c.L = 128, c.S = 480, c.E = c.Ev = 64;
   const int64_t stride[4] = {0, 0, 64, 1};
   std::copy(stride, stride + 4, c.q_stride);
@@ -82,7 +87,7 @@ double attention_rate(int32_t isa, int32_t dtype, int32_t repeats) {
   thal_attention c = sample(isa, dtype);
   const int64_t needed = thal_attention_workspace(&c);
   if (needed < 0) return static_cast<double>(needed);
-  const int64_t size = dtype == THAL_F32 ? 4 : 2;
+  const int64_t size = thal::bytes_of(dtype);
   std::vector<char> q(static_cast<size_t>(c.L * 64 * size)), k(static_cast<size_t>(c.S * 64 * size)), v(k), out(q);
   std::vector<char> workspace(static_cast<size_t>(needed));
   fill(q, dtype), fill(k, dtype), fill(v, dtype);

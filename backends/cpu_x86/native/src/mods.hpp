@@ -25,10 +25,11 @@ inline thal::Frame frame_of(const thal_function& f, const Indices& at, int64_t r
 }
 
 // Replaces `rows` rows of scores, `stride` apart; what the function sees is the dot product times the scale.
-inline void modify_scores(const Plan& p, const Indices& at, int64_t rows, float* scores, int64_t stride, char* memory) {
+template <class T>
+inline void modify_scores(const Plan& p, const Indices& at, int64_t rows, T* scores, int64_t stride, char* memory) {
   thal::Frame frame = frame_of(*p.call.score_mod, at, rows, 1, memory);
   frame.in[0] = {scores, stride};
-  frame.factor = p.call.scale;
+  frame.factor = p.scale;
   frame.out = scores, frame.out_stride = stride;
   p.isa->run_program(p.score_mod, frame);
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "gemm.hpp"
 #include "plan.hpp"
 
 namespace {
@@ -23,7 +24,7 @@ constexpr bool is_quantized() {
 
 template <int DT>
 constexpr int64_t size_of() {
-  return DT == THAL_F32 ? 4 : is_quantized<DT>() ? 1 : 2;
+  return DT == THAL_F64 ? 8 : DT == THAL_F32 ? 4 : is_quantized<DT>() ? 1 : 2;
 }
 
 // use(type) with the type of query and result as a constant. It is that of keys and values, but the kernels of quantised
@@ -46,8 +47,12 @@ inline float float_of_bits(uint32_t bits) {
 }
 
 template <class V, int DT>
-inline float scalar_as_float(const char* p) {
-  if constexpr (DT == THAL_F32) {
+inline Real<V> scalar(const char* p) {
+  if constexpr (DT == THAL_F64) {
+    double x;
+    std::memcpy(&x, p, 8);
+    return x;
+  } else if constexpr (DT == THAL_F32) {
     float x;
     std::memcpy(&x, p, 4);
     return x;
@@ -71,7 +76,7 @@ inline const char* contiguous_row(const char* row, int64_t stride, int64_t n, ch
 
 // n rows widened to contiguous float32 rows of `columns`.
 template <class V, int DT>
-void widen_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, float* dst, char* buffer) {
+void widen_rows(const char* src, const int64_t* stride, int64_t n, int64_t columns, Real<V>* dst, char* buffer) {
   constexpr int64_t size = size_of<DT>();
   for (int64_t j = 0; j < n; ++j, dst += columns) {
     const char* row = contiguous_row<size>(src + j * stride[2] * size, stride[3], columns, buffer);
@@ -79,7 +84,7 @@ void widen_rows(const char* src, const int64_t* stride, int64_t n, int64_t colum
     for (; e + V::N <= columns; e += V::N) V::store(dst + e, V::template load_as<DT>(row + e * size));
     if (e < columns) {
       const int rest = static_cast<int>(columns - e);
-      V::template store_part<THAL_F32>(dst + e, V::template load_part<DT>(row + e * size, rest), rest);
+      V::template store_part<real_type<V>()>(dst + e, V::template load_part<DT>(row + e * size, rest), rest);
     }
   }
 }
@@ -183,17 +188,21 @@ bool all_finite(const char* src, const int64_t* stride, int64_t n, int64_t colum
   return !V::any_nan(seen);
 }
 
-inline bool is_finite(float x) { return x - x == 0.0f; }
+template <class T>
+inline bool is_finite(T x) {
+  return x - x == T(0);
+}
 
 // 0 in place of what is not finite: 0 * NaN must not reach a row for which the key is masked.
-inline void zero_wild(float* x, int64_t n) {
+template <class T>
+inline void zero_wild(T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    if (!is_finite(x[i])) x[i] = 0.0f;
+    if (!is_finite(x[i])) x[i] = T(0);
 }
 
 // The same for n words, float32 or pairs of bf16.
-template <bool PAIRS>
-inline void clean(float* x, int64_t n) {
+template <bool PAIRS, class T>
+inline void clean(T* x, int64_t n) {
   if constexpr (!PAIRS) {
     zero_wild(x, n);
   } else {
@@ -205,7 +214,7 @@ inline void clean(float* x, int64_t n) {
 
 // Words k .. k + N of one query row, multiplied by `factor` (1, -1, or a scale that is 0 or not finite: exact in bf16).
 template <class V, int DT, bool PAIRS>
-inline typename V::F query_words(const char* row, int64_t k, int64_t columns, float factor) {
+inline typename V::F query_words(const char* row, int64_t k, int64_t columns, Real<V> factor) {
   const typename V::F f = V::set1(factor);
   if constexpr (!PAIRS) {
     const int w = static_cast<int>(smaller(V::N, columns - k));
@@ -221,7 +230,7 @@ inline typename V::F query_words(const char* row, int64_t k, int64_t columns, fl
       for (int h = 0; h < 2; ++h) {
         const int64_t e = 2 * (k + i) + h;
         if (e >= columns) continue;
-        const float x = scalar_as_float<V, DT>(row + e * 2) * factor;
+        const float x = scalar<V, DT>(row + e * 2) * factor;
         uint32_t bits;
         std::memcpy(&bits, &x, 4);
         pair[h] = static_cast<uint16_t>(bits >> 16);
@@ -235,7 +244,7 @@ inline typename V::F query_words(const char* row, int64_t k, int64_t columns, fl
 // One panel of rows that are queries, or belong to one: words[k * NQ * N + lane] is row (row0 + lane), float32 column k
 // or bf16 columns 2k, 2k + 1. Rows past the end are zero, and so is what pads columns. `first` is where the sequence begins, in elements.
 template <class V, int DT, bool PAIRS, int NQ>
-void pack_panel(const Plan& p, const Item& it, const Plan::Panel& source, int64_t first, int64_t row0, float* panel,
+void pack_panel(const Plan& p, const Item& it, const Plan::Panel& source, int64_t first, int64_t row0, Real<V>* panel,
                 char* buffer) {
   constexpr int64_t size = size_of<DT>();
   const int64_t columns = source.columns, words = PAIRS ? pair_words<V>(columns) : columns;
@@ -262,7 +271,7 @@ void pack_panel(const Plan& p, const Item& it, const Plan::Panel& source, int64_
 }
 
 template <class V, int DT, bool PAIRS, int NQ>
-void pack_query(const Plan& p, const Item& it, int64_t row0, float* panel, char* buffer) {
+void pack_query(const Plan& p, const Item& it, int64_t row0, Real<V>* panel, char* buffer) {
   const Plan::Panel query{p.call.q, p.call.q_stride, p.call.E, p.query_factor};
   pack_panel<V, DT, PAIRS, NQ>(p, it, query, it.sequence.q, row0, panel, buffer);
 }

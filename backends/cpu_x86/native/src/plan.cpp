@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 
 namespace thal {
@@ -19,10 +20,11 @@ int32_t widest() {
 }
 
 int check(const thal_attention& c) {
-  if (c.dtype < 0 || c.dtype >= THAL_DTYPES || c.mask_kind < 0 || c.mask_kind > THAL_MASK_F16) return THAL_BAD_DTYPE;
+  if (c.dtype < 0 || c.dtype >= THAL_DTYPES || c.mask_kind < 0 || c.mask_kind > THAL_MASK_F64) return THAL_BAD_DTYPE;
   if (c.B < 0 || c.Hq < 0 || c.Hkv < 0 || c.L < 0 || c.S < 0 || c.E < 1 || c.Ev < 0) return THAL_BAD_SIZE;
   if (c.Hkv ? c.Hq % c.Hkv : c.Hq) return THAL_BAD_SIZE;
   if (c.S > INT32_MAX || c.L > INT32_MAX) return THAL_BAD_SIZE;  // causal limits are kept in 32 bits
+  if (c.mask_kind == THAL_MASK_F64 && c.dtype != THAL_F64) return THAL_BAD_DTYPE;
   if (c.dropout && c.dropout->threshold > uint64_t{1} << 32) return THAL_BAD_SIZE;
   if (c.quantized && !(c.ragged && c.ragged->lengths)) return THAL_BAD_DTYPE;
   if (c.quantized && c.quantized->type != THAL_I8 && c.quantized->type != THAL_F8) return THAL_BAD_DTYPE;
@@ -35,7 +37,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int decode_one(const thal_function& f, const Span* spans, int64_t inputs, Type wanted, Program& program) {
   if (const int code = decode(f.words, f.count, spans, inputs, wanted, program)) return code;
   for (int64_t i = 0; i < inputs; ++i)  // a score_mod's first input is the score, and all others are indices
-    if (program.inputs[i] != (inputs == 5 && i == 0 ? Type::kF32 : Type::kI32)) return THAL_BAD_PROGRAM;
+    if (program.inputs[i] != (inputs == 5 && i == 0 ? wanted : Type::kI32)) return THAL_BAD_PROGRAM;
   return fit(program, f.captured, f.captured_count) ? THAL_OK : THAL_BAD_PROGRAM;
 }
 
@@ -52,29 +54,35 @@ int decode_functions(Plan& p) {
   const Span row[] = {Span::kBlock, Span::kOne, Span::kRows, Span::kRows, Span::kBlock};
   const Span* spans = p.row_kernel ? row : tile;
   int code = THAL_OK;
-  if (p.has_score_mod) code = decode_one(*c.score_mod, spans, 5, Type::kF32, p.score_mod);
+  if (p.has_score_mod) code = decode_one(*c.score_mod, spans, 5, c.dtype == THAL_F64 ? Type::kF64 : Type::kF32, p.score_mod);
   if (!code && p.has_mask_mod) code = decode_one(*c.mask_mod, spans + 1, 4, Type::kBool, p.mask_mod);
   return code;
 }
 
+// In the precision of the kernels: as float or double.
+template <class T>
 void set_factors(Plan& p) {
   const thal_attention& c = p.call;
-  const double log2e = 1.4426950408889634;
+  constexpr T log2e = static_cast<T>(1.4426950408889634), least = std::numeric_limits<T>::min();
+  const T scale = static_cast<T>(c.scale), size = std::fabs(scale);
   const bool natural = c.mask_kind > THAL_MASK_BOOL || p.has_score_mod;  // the scores themselves are needed
-  const float size = std::fabs(c.scale);
-  const bool plain = std::isfinite(c.scale) && size * 1.4426950f >= 1.1754944e-38f && std::isfinite(size * 1.4426951f);
+  const bool plain = std::isfinite(scale) && size * log2e >= least && std::isfinite(size * log2e);
+  p.scale = scale;
   // A positive factor keeps the order of scores, so the sign of the scale goes into the query, which is exact.
-  p.query_factor = p.has_score_mod ? 1.0f : plain ? (c.scale < 0 ? -1.0f : 1.0f) : c.scale;
-  p.score_factor = natural && plain && !p.has_score_mod ? size : 1.0f;
-  p.lse_factor = plain && !natural ? size : 1.0f;
-  p.exp_factor = static_cast<float>(p.lse_factor * log2e);
+  p.query_factor = p.has_score_mod ? T(1) : plain ? (scale < 0 ? T(-1) : T(1)) : scale;
+  p.score_factor = natural && plain && !p.has_score_mod ? size : T(1);
+  const T lse_factor = plain && !natural ? size : T(1);
+  p.lse_factor = lse_factor;
+  p.exp_factor = static_cast<T>(static_cast<double>(lse_factor) * 1.4426950408889634);
+  constexpr double kRest = 2.0355273740931033e-17;  // log2(e) less the double next to it
+  p.exp_rest = std::fma(static_cast<double>(lse_factor), 1.4426950408889634, -p.exp_factor) + lse_factor * kRest;
 }
 
 void set_tiles(Plan& p) {
   const thal_attention& c = p.call;
-  p.lanes = p.isa->lanes;
+  p.lanes = c.dtype == THAL_F64 ? p.isa->lanes / 2 : p.isa->lanes;
   // Up to half a vector of rows, filling lanes with rows would waste more than sums along the head dimension cost.
-  p.row_kernel = p.most_rows <= p.lanes / 2 && !p.whole_rows;
+  p.row_kernel = p.most_rows <= p.lanes / 2 && !p.whole_rows && c.dtype != THAL_F64;
   p.panel = p.most_rows <= p.lanes ? p.lanes : 2 * p.lanes;
   // The machine for captured functions, and the generator of dropout, work on 16 lanes.
   if (p.needs_indices() || p.asks()) p.panel = std::max(p.panel, kLanes);
@@ -93,22 +101,23 @@ void set_tiles(Plan& p) {
 void set_scratch(Plan& p) {
   const thal_attention& c = p.call;
   Scratch layout;
+  const int64_t real = p.real;
   const auto take = [&layout](int64_t bytes) { return layout.take(bytes); };
   const int64_t width = ceil_div(c.E, p.lanes) * p.lanes, value_width = ceil_div(c.Ev, p.lanes) * p.lanes;
   const int64_t block = p.row_kernel ? kRowKeyBlock : p.isa->key_block;
   const int64_t rows = p.row_kernel ? p.tile_rows : ceil_div(p.tile_rows, p.panel) * p.panel;
   const int64_t lanes = p.row_kernel ? 2 * p.tile_rows : p.panel;
-  p.at_q = take(rows * width * 4);
-  p.at_o = take(rows * (p.whole_rows ? width : value_width) * 4);
-  p.at_k = take(block * width * 4);
-  p.at_v = take(block * value_width * 4);
-  p.at_clean = take(p.row_kernel || p.whole_rows ? 0 : block * value_width * 4);
-  p.at_scores = take((p.row_kernel ? 1 : p.isa->score_blocks) * block * lanes * 4);
-  p.at_bias = take(p.row_kernel ? 0 : block * lanes * 4);
-  p.at_max = take(rows * 4);
-  p.at_sum = take(rows * 4);
-  p.at_limit = take(rows * 4);
-  p.at_rows = take(p.lanes * (std::max(c.E, c.Ev) + 1) * 4);
+  p.at_q = take(rows * width * real);
+  p.at_o = take(rows * (p.whole_rows ? width : value_width) * real);
+  p.at_k = take(block * width * real);
+  p.at_v = take(block * value_width * real);
+  p.at_clean = take(p.row_kernel || p.whole_rows ? 0 : block * value_width * real);
+  p.at_scores = take((p.row_kernel ? 1 : p.isa->score_blocks) * block * lanes * real);
+  p.at_bias = take(p.row_kernel ? 0 : block * lanes * real);
+  p.at_max = take(rows * real);
+  p.at_sum = take(rows * real);
+  p.at_limit = take(rows * real);
+  p.at_rows = take(p.lanes * (std::max(c.E, c.Ev) + 1) * real);
   const bool functions = p.needs_indices();
   p.at_program = take(std::max(p.score_mod.bytes, p.mask_mod.bytes));
   p.at_visible = take(p.asks() ? block * lanes * 4 : 0);
@@ -117,7 +126,7 @@ void set_scratch(Plan& p) {
   p.at_key_index = take(functions ? (p.row_kernel ? block * rows : ceil_div(block, kLanes) * kLanes) * 4 : 0);
   p.at_blocks = take(c.blocks ? block_table_bytes(p, rows) : 0);
   const bool staged = c.ragged && c.ragged->lengths && !p.row_kernel;
-  const int64_t size = c.quantized || c.dtype == THAL_F32 ? 4 : 2;  // quantised rows are dequantised there
+  const int64_t size = c.quantized ? real : bytes_of(c.dtype);  // quantised rows are dequantised there
   p.at_stage_k = take(staged ? block * c.E * size : 0);
   p.at_stage_v = take(staged ? block * c.Ev * size : 0);
   p.scratch_bytes = layout.at;
@@ -133,17 +142,18 @@ int64_t make_plan(const thal_attention& call, Plan& p) {
   if (!p.isa) return -THAL_BAD_ISA;
   p.call = call;
   p.call.isa = isa;
+  p.real = call.dtype == THAL_F64 ? 8 : 4;
   p.stored_type = call.quantized ? call.quantized->type : call.dtype;
   p.group = call.Hkv ? call.Hq / call.Hkv : 0;
   p.has_score_mod = call.score_mod, p.has_mask_mod = call.mask_mod;
   if (const int code = make_sequences(p)) return -code;
-  set_factors(p);
+  call.dtype == THAL_F64 ? set_factors<double>(p) : set_factors<float>(p);
   set_tiles(p);
   if (const int code = decode_functions(p)) return -code;
   number_items(p);
   set_scratch(p);
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(call.num_threads, p.items));
-  return 64 + workers * p.scratch_bytes + p.partial_count * p.partial_floats * 4;
+  return 64 + workers * p.scratch_bytes + p.partial_count * p.partial_bytes;
 }
 
 }  // namespace thal

@@ -20,6 +20,8 @@ constexpr int64_t kPanelsMost = 16;
 
 struct Isa;
 
+inline int64_t bytes_of(int32_t dtype) { return dtype == THAL_F64 ? 8 : dtype == THAL_F32 ? 4 : 2; }
+
 // Hands out parts of a piece of memory, each aligned to a cache line.
 struct Scratch {
   int64_t at = 0;
@@ -46,7 +48,7 @@ struct Plan {
     const void* data;
     const int64_t* stride;
     int64_t columns;
-    float factor;
+    double factor;
   };
 
   thal_attention call;
@@ -54,7 +56,7 @@ struct Plan {
   int64_t group;       // query heads per key/value head
   int64_t most_rows;   // of a sequence: group * L, numbered row = l * group + g, so tiles have narrow causal limits
   int64_t most_keys;
-  int64_t lanes;       // float32 lanes per vector of the chosen instruction set
+  int64_t lanes;       // lanes per vector of the chosen instruction set
   int64_t panel;       // query rows per register panel
   int64_t tile_rows;   // query rows per item
   int32_t stored_type;  // of keys and values: the call's dtype, or that of quantised ones
@@ -62,10 +64,13 @@ struct Plan {
   int64_t items, parts;
   bool whole_rows = false;  // set before planning: tiles alone, each with all its keys, as gradients need them
   bool row_kernel;     // few query rows: vectors run along the head dimension
-  float query_factor;  // multiplied into the query: the sign of the scale, or the scale itself where it is 0 or not finite
-  float exp_factor;    // weight = 2^((x - max) * exp_factor) for a score x as kept in the tile
-  float score_factor;  // score as kept = dot * score_factor + additive mask
-  float lse_factor;    // natural-log score = x * lse_factor
+  int64_t real;          // bytes of the float32 or float64 that is computed with
+  double scale;          // the call's, as it is computed with, and so are the factors
+  double query_factor;  // multiplied into the query: the sign of the scale, or the scale itself where it is 0 or not finite
+  double exp_factor;   // weight = 2^((x - max) * exp_factor) for a score x as kept in the tile
+  double exp_rest;       // what rounding took from exp_factor, of float64
+  double score_factor;  // score as kept = dot * score_factor + additive mask
+  double lse_factor;   // natural-log score = x * lse_factor
   Program score_mod, mask_mod;
   bool has_score_mod, has_mask_mod;
 
@@ -81,14 +86,14 @@ struct Plan {
   int64_t at_program, at_visible, at_heads, at_positions, at_key_index, at_blocks, at_stage_k, at_stage_v;
   int64_t scratch_bytes;
   // Partial results of split tiles: per item tile_rows x Ev sums, then maxima and weights of the rows.
-  int64_t partial_floats, partial_count;
+  int64_t partial_bytes, partial_count;
   char* scratch;
-  float* partials;
+  char* partials;
 
   bool packed() const { return call.ragged && !call.ragged->lengths; }
   bool paged() const { return call.ragged && call.ragged->lengths; }
   // What finished sums are multiplied with, beside the inverse of the weights' sum.
-  float kept() const { return call.dropout ? call.dropout->kept : 1.0f; }
+  double kept() const { return call.dropout ? call.dropout->kept : 1.0; }
   bool needs_indices() const { return has_score_mod || has_mask_mod || call.dropout; }
   bool asks() const { return has_mask_mod || call.blocks; }  // whether keys are hidden by a function or a BlockMask
 };
@@ -96,7 +101,7 @@ struct Plan {
 struct Item {
   int64_t b, kv_head, row0, rows, key0, key1;
   Sequence sequence;
-  float* partial;  // null unless the tile's keys are split
+  char* partial;  // null unless the tile's keys are split
 };
 
 struct GradientPlan;
@@ -113,7 +118,7 @@ struct Isa {
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
   void (*run_program)(const Program&, const Frame&);
   void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);
-  void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const float* sums);
+  void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
 };
 

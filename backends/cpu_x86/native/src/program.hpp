@@ -123,7 +123,7 @@ struct Frame {
     const void* data;  // kOne: one element, kLanes: kLanes of them, kRows: one for each row, kBlock: rows of kLanes
     int64_t stride;    // kBlock: elements from row to row
   } in[kInputsMost];
-  float factor;  // multiplied into input 0, where that is a float32 block
+  double factor;  // multiplied into input 0, where that is a block of float32 or float64
   const thal_captured* captured;
   char* memory;  // Program::bytes, aligned to 64
   void* out;     // rows of kLanes elements of the wanted type's width; null: the sink takes all results

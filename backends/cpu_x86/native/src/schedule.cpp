@@ -12,9 +12,9 @@ namespace thal {
 namespace {
 
 void run_item(const Plan& p, int64_t i, char* scratch) {
-  // Tiles are of float32 where keys and values are dequantised before the products.
+  // Tiles are of float32, or float64, where keys and values are dequantised before the products.
   const auto kernel = p.row_kernel ? p.isa->run_rows[p.stored_type]
-                                   : p.isa->run_tile[p.call.quantized ? THAL_F32 : p.call.dtype];
+                                   : p.isa->run_tile[p.call.quantized && p.real == 4 ? THAL_F32 : p.call.dtype];
   kernel(p, item_at(p, i), scratch);
 }
 
@@ -47,39 +47,49 @@ void store(int32_t dtype, void* base, int64_t at, float x) {
   if (dtype == THAL_BF16) static_cast<uint16_t*>(base)[at] = to_bf16(x);
   if (dtype == THAL_F16) static_cast<uint16_t*>(base)[at] = to_f16(x);
 }
+void store(int32_t, void* base, int64_t at, double x) { static_cast<double*>(base)[at] = x; }
 
-// Row i of a tile, from its first split on; `sums` has room for Ev floats.
-void merge_row(const Plan& p, int64_t i, const Item& it, float* sums) {
+float power(const Plan& p, float d) { return std::exp2(d * static_cast<float>(p.exp_factor)); }
+double power(const Plan& p, double d) { return static_cast<double>(std::exp(static_cast<long double>(d) * p.lse_factor)); }
+
+// Row i of a tile, from its first split on; `sums` has room for Ev elements.
+template <class T>
+void merge_row(const Plan& p, int64_t i, const Item& it, T* sums) {
   const thal_attention& c = p.call;
-  constexpr float inf = std::numeric_limits<float>::infinity();
+  constexpr T inf = std::numeric_limits<T>::infinity();
   const int64_t splits = it.sequence.splits;
-  const auto partial = [&](int64_t s) { return it.partial + s * p.partial_floats; };
+  const auto partial = [&](int64_t s) { return reinterpret_cast<const T*>(it.partial + s * p.partial_bytes); };
   const auto state = [&](int64_t s) { return partial(s) + p.tile_rows * c.Ev; };
-  float top = -inf;
+  T top = -inf;
   for (int64_t s = 0; s < splits; ++s) top = std::max(top, state(s)[i]);
-  const float safe = top == -inf ? 0.0f : top;
-  std::fill(sums, sums + c.Ev, 0.0f);
-  float total = 0.0f;
+  const T safe = top == -inf ? T(0) : top;
+  std::fill(sums, sums + c.Ev, T(0));
+  T total = 0;
   for (int64_t s = 0; s < splits; ++s) {
-    const float weight = std::exp2((state(s)[i] - safe) * p.exp_factor), sum = state(s)[p.tile_rows + i];
-    if (sum == 0.0f) continue;  // no live key in this range
+    const T weight = power(p, state(s)[i] - safe), sum = state(s)[p.tile_rows + i];
+    if (sum == T(0)) continue;  // no live key in this range
     total += weight * sum;
-    const float* o = partial(s) + i * c.Ev;
+    const T* o = partial(s) + i * c.Ev;
     for (int64_t e = 0; e < c.Ev; ++e) sums[e] += weight * o[e];
   }
   const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
-  const float inverse = total == 0.0f ? 0.0f : p.kept() / total;
+  const T inverse = total == T(0) ? T(0) : static_cast<T>(p.kept()) / total;
   const int64_t at = it.sequence.out + h * c.out_stride[1] + l * c.out_stride[2];
   for (int64_t e = 0; e < c.Ev; ++e) store(c.dtype, c.out, at + e * c.out_stride[3], sums[e] * inverse);
   if (c.lse)
-    c.lse[it.sequence.lse + h * c.lse_stride[1] + l * c.lse_stride[2]] =
-        total == 0.0f ? -inf : safe * p.lse_factor + std::log(total);
+    static_cast<T*>(c.lse)[it.sequence.lse + h * c.lse_stride[1] + l * c.lse_stride[2]] =
+        total == T(0) ? -inf : safe * static_cast<T>(p.lse_factor) + std::log(total);
+}
+
+template <class T>
+void merge_rows(const Plan& p, const Item& it, char* scratch) {
+  for (int64_t i = 0; i < it.rows; ++i) merge_row(p, i, it, reinterpret_cast<T*>(scratch));
 }
 
 void merge_part(const Plan& p, int64_t part, char* scratch) {
   const Item it = part_at(p, part);
   if (!it.partial) return;
-  for (int64_t i = 0; i < it.rows; ++i) merge_row(p, i, it, reinterpret_cast<float*>(scratch));
+  p.real == 8 ? merge_rows<double>(p, it, scratch) : merge_rows<float>(p, it, scratch);
 }
 
 bool pointers_missing(const Plan& p) {
@@ -107,7 +117,7 @@ int run_plan(Plan& plan, void* workspace) {
   const int64_t reserved = std::max<int64_t>(1, std::min<int64_t>(plan.call.num_threads, plan.items));
   const int64_t workers = work_of(plan) < kSerialWork ? 1 : reserved;
   plan.scratch = aligned(workspace);
-  plan.partials = reinterpret_cast<float*>(plan.scratch + reserved * plan.scratch_bytes);
+  plan.partials = plan.scratch + reserved * plan.scratch_bytes;
   const auto scratch = [&plan](int64_t worker) { return plan.scratch + worker * plan.scratch_bytes; };
   const auto attend = [&](int64_t i, int64_t worker) { run_item(plan, i, scratch(worker)); };
   if (const int code = run_tasks(plan.call, plan.items, workers, attend)) return code;

@@ -22,6 +22,7 @@ struct Scored {
 template <class V, int DT, bool PAIRS, int NQ>
 class ScoreTile {
  protected:
+  using T = Real<V>;
   using F = typename V::F;
   static constexpr int W = NQ * V::N;
   static constexpr int64_t kSize = size_of<DT>();
@@ -30,7 +31,7 @@ class ScoreTile {
   const Item& it_;
   const thal_attention& c_;
   int64_t panels_, words_;
-  float *q_, *k_, *bias_;
+  T *q_, *k_, *bias_;
   int32_t *limit_, *visible_, *heads_, *positions_, *key_index_, batch_;
   char *buffer_, *scratch_;
   KeySource source_;
@@ -48,7 +49,7 @@ class ScoreTile {
   ScoreTile(const Plan& p, const Item& it, char* scratch)
       : p_(p), it_(it), c_(p.call), batch_(static_cast<int32_t>(it.b)), scratch_(scratch), source_(p, it),
         blocks_(p, it, scratch + p.at_blocks) {
-    q_ = floats(p.at_q), k_ = floats(p.at_k), bias_ = floats(p.at_bias);
+    q_ = reals(p.at_q), k_ = reals(p.at_k), bias_ = reals(p.at_bias);
     limit_ = ints(p.at_limit), visible_ = ints(p.at_visible), heads_ = ints(p.at_heads);
     positions_ = ints(p.at_positions), key_index_ = ints(p.at_key_index);
     buffer_ = scratch + p.at_rows;
@@ -56,7 +57,7 @@ class ScoreTile {
     words_ = PAIRS ? pair_words<V>(c_.E) : c_.E;
   }
 
-  float* floats(int64_t at) const { return reinterpret_cast<float*>(scratch_ + at); }
+  T* reals(int64_t at) const { return reinterpret_cast<T*>(scratch_ + at); }
   int32_t* ints(int64_t at) const { return reinterpret_cast<int32_t*>(scratch_ + at); }
 
   // Packs the query and finds what each row may see.
@@ -122,7 +123,7 @@ class ScoreTile {
     char *keys = scratch_ + p_.at_stage_k, *values = scratch_ + p_.at_stage_v;
     std::memcpy(k_stride_, c_.k_stride, sizeof(k_stride_));
     std::memcpy(v_stride_, c_.v_stride, sizeof(v_stride_));
-    if constexpr (DT == THAL_F32) {
+    if constexpr (DT == real_type<V>()) {
       if (c_.quantized) {
         dequantize_block<V>(c_, source_, key0_, count_, keys, values, buffer_);
         use_staged(keys, values);
@@ -149,7 +150,7 @@ class ScoreTile {
   void load_keys() {
     loaded_ = true;
     find_block();
-    const bool direct = PAIRS ? are_pair_rows<V>(count_, c_.E) : DT == THAL_F32;
+    const bool direct = PAIRS ? are_pair_rows<V>(count_, c_.E) : DT == real_type<V>();
     keys_ = key_source_, key_stride_ = k_stride_[2] * kSize;
     if (direct && in_place(k_stride_)) return;
     if constexpr (PAIRS) {
@@ -157,7 +158,7 @@ class ScoreTile {
     } else {
       widen_rows<V, DT>(key_source_, k_stride_, count_, c_.E, k_, buffer_);
     }
-    keys_ = reinterpret_cast<const char*>(k_), key_stride_ = words_ * 4;
+    keys_ = reinterpret_cast<const char*>(k_), key_stride_ = words_ * static_cast<int64_t>(sizeof(T));
   }
 
   bool values_are_finite() {
@@ -167,7 +168,7 @@ class ScoreTile {
 
   // The scores of a panel, as they are before biases and what hides keys, and their maxima where nothing changes them.
   // A score_mod has been applied; `dots` gets what it was applied to, where that is not null.
-  Scored score(int64_t panel, float* scores_out, float* top, float* dots) {
+  Scored score(int64_t panel, T* scores_out, T* top, T* dots) {
     const int32_t* limit = limit_ + panel * W;
     const int64_t n = smaller(count_, limit[W - 1] - key0_);
     if (n <= 0) return {0, Partial::kNone};
@@ -181,7 +182,7 @@ class ScoreTile {
     if (!loaded_) load_keys();
     scores<V, PAIRS, NQ>(keys_, key_stride_, n, q_ + panel * words_ * W, words_, scores_out, top);
     if (!p_.has_score_mod) return {n, partial};
-    if (dots) std::memcpy(dots, scores_out, static_cast<size_t>(n * W) * 4);
+    if (dots) std::memcpy(dots, scores_out, static_cast<size_t>(n * W) * sizeof(T));
     // Which keys are hidden has to be known apart from the scores where a value is not finite.
     const bool needs_bias = !values_are_finite() || partial == Partial::kCausal;
     if (partial != Partial::kBias && needs_bias) causal_bias<V, NQ>(limit, key0_, n, bias_);
@@ -242,17 +243,17 @@ class ScoreTile {
 
   // Puts -inf where a key may not be seen, adds biases, and returns the maxima.
   template <Partial P>
-  F mask_scores(int64_t panel, int64_t n, int q, float* scores) {
-    float* s = scores + q * V::N;
+  F mask_scores(int64_t panel, int64_t n, int q, T* scores) {
+    T* s = scores + q * V::N;
     const auto limit = V::load_int(limit_ + panel * W + q * V::N);
-    const F factor = V::set1(p_.score_factor);
+    const F factor = V::set1(static_cast<T>(p_.score_factor));
     F top = V::set1(-kInf);
     for (int64_t j = 0; j < n; ++j) {
       F x = V::load(s + j * W);
       if constexpr (P == Partial::kCausal) {
         x = V::keep_below(x, limit, static_cast<int32_t>(key0_ + j));
       } else if constexpr (P == Partial::kBias) {
-        float* bias = bias_ + j * W + q * V::N;
+        T* bias = bias_ + j * W + q * V::N;
         x = V::add_bias(x, factor, V::load(bias));
         if (p_.has_score_mod) V::store(bias, x);  // a score of -inf hides its key too
       }

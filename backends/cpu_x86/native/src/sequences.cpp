@@ -109,7 +109,7 @@ void number_items(Plan& p) {
     p.items += parts * s.splits;
     p.partial_count += s.splits > 1 ? parts * s.splits : 0;
   }
-  p.partial_floats = p.partial_count ? ceil_div(p.tile_rows * (p.call.Ev + 2), 16) * 16 : 0;
+  p.partial_bytes = p.partial_count ? ceil_div(p.tile_rows * (p.call.Ev + 2), 16) * 16 * p.real : 0;
 }
 
 namespace {
@@ -132,7 +132,7 @@ Item item_of(const Plan& p, const Sequence& s, int64_t index) {
   it.rows = std::min(p.tile_rows, s.L * p.group - it.row0);
   it.key0 = split * p.split_keys;
   it.key1 = std::min(s.S, it.key0 + p.split_keys);
-  it.partial = s.splits > 1 ? p.partials + (s.partial0 + index) * p.partial_floats : nullptr;
+  it.partial = s.splits > 1 ? p.partials + (s.partial0 + index) * p.partial_bytes : nullptr;
   return it;
 }
 

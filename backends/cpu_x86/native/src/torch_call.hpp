@@ -99,16 +99,20 @@ class TorchCall {
     return true;
   }
 
+  // Of a log-sum-exp, which has the type that scores are computed in.
+  static int32_t lse_dtype(int32_t dtype) { return dtype == torch.float64() ? dtype : torch.float32(); }
+
   static int32_t code_of(int32_t dtype) {
     if (dtype == torch.float32()) return THAL_F32;
     if (dtype == torch.bfloat16()) return THAL_BF16;
+    if (dtype == torch.float64()) return THAL_F64;
     return dtype == torch.float16() ? THAL_F16 : -1;
   }
 
   bool describe_dtypes(thal_attention& c, const View& query, const View& key, const View& value, bool quantized = false) {
     c.struct_size = sizeof(c);
     c.dtype = code_of(query.dtype);
-    if (c.dtype < 0) return fail("dtype must be float32, bfloat16 or float16");
+    if (c.dtype < 0) return fail("dtype must be float32, bfloat16, float16 or float64");
     if (!quantized && (key.dtype != query.dtype || value.dtype != query.dtype))
       return fail("query, key and value must have the same dtype");
     c.q = query.data, c.k = key.data, c.v = value.data;
@@ -117,8 +121,9 @@ class TorchCall {
 
   bool describe_mask_dtype(thal_attention& c, const View& mask) {
     const int32_t code = code_of(mask.dtype);
-    if (code < 0 && mask.dtype != torch.boolean()) return fail("mask must be boolean, float32, bfloat16 or float16");
+    if (code < 0 && mask.dtype != torch.boolean()) return fail("mask must be boolean, float32, bfloat16 or float16, or float64 for such a query");
     c.mask_kind = code < 0 ? THAL_MASK_BOOL : THAL_MASK_F32 + code;
+    if (c.mask_kind == THAL_MASK_F64 && c.dtype != THAL_F64) return fail("a float64 mask needs a float64 query");
     c.mask = mask.data;
     return true;
   }

@@ -36,16 +36,16 @@ class Forward : FlexCall {
       c_.out_stride[1] = width, c_.out_stride[2] = heads * width, c_.out_stride[3] = 1;
       c_.lse_stride[1] = 1, c_.lse_stride[2] = heads;
       if (!make(0, 3, size, stride, query_.dtype, &c_.out)) return false;
-      if (d_->return_lse && !make(1, 2, size, lse_stride, torch.float32(), &data)) return false;
+      if (d_->return_lse && !make(1, 2, size, lse_stride, lse_dtype(query_.dtype), &data)) return false;
     } else {
       const int64_t size[4] = {c_.B, c_.Hq, c_.L, c_.Ev};
       c_.lse_stride[0] = heads * rows, c_.lse_stride[1] = rows, c_.lse_stride[2] = 1;
       lay_out_like_query(c_);
       if (!make(0, 4, size, c_.out_stride, query_.dtype, &c_.out)) return false;
-      if (d_->return_lse && !make(1, 3, size, c_.lse_stride, torch.float32(), &data)) return false;
+      if (d_->return_lse && !make(1, 3, size, c_.lse_stride, lse_dtype(query_.dtype), &data)) return false;
     }
-    c_.lse = static_cast<float*>(data);
-    return d_->return_lse || make(1, 1, &none, &one, torch.float32(), &data);
+    c_.lse = data;
+    return d_->return_lse || make(1, 1, &none, &one, lse_dtype(query_.dtype), &data);
   }
 
   bool compute() {

@@ -93,18 +93,20 @@ class Backward : FlexCall {
         !read(tensor(kLse), "lse", dim - 1, dim - 1, lse) || !read(tensor(kGradLse), "grad_lse", 1, dim - 1, lse_above))
       return false;
     if (out.dtype != query_.dtype || above.dtype != query_.dtype) return fail("out and grad_out must be of the query's dtype");
-    if (lse.dtype != torch.float32() || lse_above.dtype != torch.float32()) return fail("lse and grad_lse must be float32");
+    const int32_t wanted = lse_dtype(query_.dtype);
+    if (lse.dtype != wanted || lse_above.dtype != wanted)
+      return fail("lse and grad_lse must be float32, or float64 for such a query");
     const bool alike = std::equal(query_.sizes, query_.sizes + dim - 1, out.sizes) && out.sizes[dim - 1] == c_.Ev &&
                        std::equal(out.sizes, out.sizes + dim, above.sizes) &&
                        std::equal(out.sizes, out.sizes + dim - 1, lse.sizes);
     if (!alike)
       return fail("out %s, grad_out %s and lse %s do not fit the query %s", shape_of(out).c_str(), shape_of(above).c_str(),
                   shape_of(lse).c_str(), shape_of(query_).c_str());
-    c_.out = out.data, c_.lse = static_cast<float*>(lse.data), g_.grad_out = above.data;
+    c_.out = out.data, c_.lse = lse.data, g_.grad_out = above.data;
     set_strides(out, c_.out_stride), set_strides(above, g_.grad_out_stride), set_lse_strides(lse, c_.lse_stride);
     if (lse_above.dim == 1 && dim > 2) return lse_above.sizes[0] == 0 || fail("grad_lse does not fit the lse");
     if (!std::equal(lse.sizes, lse.sizes + dim - 1, lse_above.sizes)) return fail("grad_lse does not fit the lse");
-    g_.grad_lse = static_cast<const float*>(lse_above.data);
+    g_.grad_lse = lse_above.data;
     set_lse_strides(lse_above, g_.grad_lse_stride);
     return true;
   }
@@ -130,9 +132,9 @@ class Backward : FlexCall {
       std::copy(like[i]->strides, like[i]->strides + like[i]->dim, stride + skip);
       if (skip) stride[0] = size[1] * stride[1];
       strides_like(size, stride, found);
-      const int32_t dtype = i && d_->layout == kPaged ? torch.float32() : query_.dtype;
+      const int32_t dtype = i && d_->layout == kPaged ? lse_dtype(query_.dtype) : query_.dtype;
       if (!make(i, like[i]->dim, size + skip, found + skip, dtype, data[i])) return false;
-      if (i && d_->layout == kPaged) std::memset(*data[i], 0, bytes_of(size, found, 4));
+      if (i && d_->layout == kPaged) std::memset(*data[i], 0, bytes_of(size, found, query_.dtype == torch.float64() ? 8 : 4));
       set_strides({like[i]->dim, size + skip, found + skip}, strides[i]);
     }
     const int64_t one = 1;

@@ -84,7 +84,7 @@ class Call : thal::TorchCall {
     std::copy(view_[2].strides, view_[2].strides + 4, c.v_stride);
     double scale;
     std::memcpy(&scale, &stack_[inputs_ + 1], sizeof(scale));
-    c.scale = static_cast<float>(scale);
+    c.scale = scale;
     c.is_causal = (stack_[inputs_] & 0xff) != 0;
     return !masked_ || describe_mask(c);
   }
@@ -113,8 +113,8 @@ class Call : thal::TorchCall {
     const int64_t rows = std::max<int64_t>(c.L, 1), heads = std::max<int64_t>(c.Hq, 1);
     c.lse_stride[0] = heads * rows, c.lse_stride[1] = rows, c.lse_stride[2] = 1;
     void* data = nullptr;
-    if (!make(1, 3, size, c.lse_stride, torch.float32(), &data)) return false;
-    c.lse = static_cast<float*>(data);
+    if (!make(1, 3, size, c.lse_stride, lse_dtype(view_[0].dtype), &data)) return false;
+    c.lse = data;
     return true;
   }
 

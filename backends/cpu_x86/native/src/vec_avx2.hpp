@@ -18,6 +18,7 @@ struct Vec256 {
   // 6 rows x 2 vectors = 12 accumulators, 2 panel vectors and one broadcast: 15 of 16 registers.
   static constexpr int kRows = 6;
   static constexpr bool kTiles = false;
+  using T = float;
   using F = __m256;
   using I = __m256i;
 
@@ -46,7 +47,7 @@ struct Vec256 {
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
   }
-  static F broadcast32(const char* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }
+  static F broadcast(const char* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }
 
   static I first(int n) {
     alignas(32) static const int32_t table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -140,6 +141,9 @@ struct Vec256 {
     const I power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return mul(p, _mm256_castsi256_ps(power));
   }
+
+  // 2^(d * factor). Only float64 takes notice of what rounding left of the factor.
+  static F exp2_product(F d, F factor, F) { return exp2(mul(d, factor)); }
 
   static I load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
   static F keep_below(F x, I limit, int32_t key) {

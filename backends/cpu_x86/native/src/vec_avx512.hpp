@@ -18,6 +18,7 @@ struct Vec512 {
   // 12 rows x 2 vectors = 24 accumulators, 2 panel vectors and one broadcast: 27 of 32 registers.
   static constexpr int kRows = 12;
   static constexpr bool kTiles = false;
+  using T = float;
   using F = __m512;
   using I = __m512i;
 
@@ -39,7 +40,7 @@ struct Vec512 {
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   }
   static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
-  static F broadcast32(const char* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*reinterpret_cast<const int*>(p))); }
+  static F broadcast(const char* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*reinterpret_cast<const int*>(p))); }
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   // Lanes below n of a row of 32-bit words, the rest zero.
@@ -107,6 +108,9 @@ struct Vec512 {
     p = fma(p, r, set1(1.0f));
     return _mm512_scalef_ps(p, t);
   }
+
+  // 2^(d * factor). Only float64 takes notice of what rounding left of the factor.
+  static F exp2_product(F d, F factor, F) { return exp2(mul(d, factor)); }
 
   static I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
   // x where limit > key, -inf elsewhere.

@@ -13,6 +13,8 @@ from torchhal.problems import AttentionProblem
 from torchhal_cpu_x86 import flex, gradients, hardware, native
 
 MASK_DTYPES = frozenset({torch.bool, *native.DTYPES})
+NARROW_MASKS = MASK_DTYPES - {torch.float64}
+"""What is read beside a query that is not float64."""
 
 
 def plan(problem: AttentionProblem) -> Plan | Decline:
@@ -20,10 +22,12 @@ def plan(problem: AttentionProblem) -> Plan | Decline:
     refusal = hardware.decline()
     if refusal is not None:
         return refusal
-    if problem.mask_dtype is not None and problem.mask_dtype not in MASK_DTYPES:
+    wide = problem.query_dtype is torch.float64
+    if problem.mask_dtype is not None and problem.mask_dtype not in (MASK_DTYPES if wide else NARROW_MASKS):
         return Decline(
             "mask_dtype",
-            f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16",
+            f"a mask of {problem.mask_dtype} is not served; the kernels read bool, float32, bfloat16 and float16, and "
+            "float64 beside a query of that type",
         )
     if "quantized_kv" in problem.features and gradients.are_wanted(problem):
         return Decline(

@@ -12,7 +12,16 @@ from torchhal.problems import AttentionClaims, ForeachClaims
 
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
-        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn}),
+        dtypes=frozenset(
+            {
+                torch.float32,
+                torch.bfloat16,
+                torch.float16,
+                torch.float64,
+                torch.int8,
+                torch.float8_e4m3fn,  # of pages
+            }
+        ),
         layouts=frozenset({"dense", "varlen", "paged"}),
         causal=True,
         boolean_mask=True,

@@ -18,6 +18,7 @@ from torchhal.pointwise import Graph
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.problems import AttentionProblem
 from torchhal.reference import attention as reference
+from torchhal.reference.attention import score_dtype
 from torchhal_cpu_x86 import programs
 
 Run = Callable[..., Any]
@@ -155,7 +156,7 @@ def fake(
     """Results of ``attention_backward`` for fake tensors."""
     has_mask, found = int(description.split(" ", 4)[3]), Description.of_text(gradient)
     summed = ([operands[0]] if found.mask else []) + [operands[has_mask + i] for i in found.captured]
-    kind = torch.float32 if int(description.split(" ", 1)[0]) == LAYOUTS["paged"] else query.dtype
+    kind = score_dtype(query.dtype) if int(description.split(" ", 1)[0]) == LAYOUTS["paged"] else query.dtype
     keys, values = (torch.empty_like(tensor, dtype=kind) for tensor in (key, value))
     return (
         torch.empty_like(query),

@@ -28,9 +28,9 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
 LIBRARY_VARIABLE = "TORCHHAL_CPU_X86_LIBRARY"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torchhal.operands import empty_output
+from torchhal.reference.attention import score_dtype
 from torchhal_cpu_x86 import gradients
 
 NAMESPACE: Final = "torchhal_cpu_x86"
@@ -86,7 +87,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
 
 def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     _check_devices(query, key, value, *rest)
-    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_output(query, value), query.new_empty(query.shape[:3], dtype=score_dtype(query.dtype))
 
 
 def _fake_flex(
@@ -101,7 +102,7 @@ def _fake_flex(
     _check_devices(query, key, value, operands)
     has_lse = int(description.split(" ", 3)[2])
     return empty_output(query, value), query.new_empty(
-        query.shape[:-1] if has_lse else (0,), dtype=torch.float32
+        query.shape[:-1] if has_lse else (0,), dtype=score_dtype(query.dtype)
     )
 
 
