@@ -16,6 +16,8 @@ from native_cases import LIBRARY, OPS, Tensor
 from torchhal.pointwise import Graph, capture
 from torchhal_cpu_x86 import gradients, programs
 
+pytestmark = pytest.mark.sanitized
+
 P, I32, I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 UNTOUCHED = -77.0
 B, HQ, HKV, L, S, E, EV = 1, 4, 2, 3, 5, 6, 4
@@ -245,7 +247,7 @@ def test_no_call_at_all_is_refused() -> None:
         assert _run(given_call, asked) == POINTER
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(-(2**63), HUGE) | st.integers(-3, 90)), max_size=4),
     st.integers(0, len(TOLD.words)) | st.just(len(TOLD.words)),
@@ -274,7 +276,7 @@ def test_damaged_words_and_contributions_are_refused_or_stay_inside_what_they_we
     assert call.outside_is_untouched() if code == 0 else call.is_untouched()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.one_of(
         st.text(max_size=40),

@@ -66,7 +66,7 @@ def _operator(problem: AttentionProblem) -> Run:
     """The native operator, which the backward pass of a differentiable one needs the gradient's description for."""
     operators = torch.ops.torchhal_cpu_x86
     if not gradients.are_wanted(problem):
-        return operators.flex_attention.default  # type: ignore[no-any-return]
+        return operators.flex_attention.default
     text = gradients.describe(problem).text()
 
     def attend(*arguments: Any) -> Any:
