@@ -1,15 +1,21 @@
 """Runs the tests of cpu_x86's native library under the address and the undefined-behaviour sanitizer.
 
-    python3 tools/sanitize.py [PYTEST ARGUMENTS]
+    python3 tools/sanitize.py [--all] [PYTEST ARGUMENTS]
 
 Builds the library with GCC's or Clang's sanitizers beside the ordinary one and loads it in its place; AMX is emulated in
 it, for the sanitizers know nothing of what its instructions read and write. Every read or write out of bounds and every
-operation C++ leaves undefined ends the run with a report. Needs what ``dev.py setup`` installs, and Linux.
+operation C++ leaves undefined ends the run with a report. Needs what ``dev.py setup`` installs, and Linux. It runs the
+tests with the mark ``sanitized``, which read and write at every edge: odd sizes, strides, sequences and pages, damaged
+input. ``--all`` runs every test of the kernels, which takes several times as long.
 
 There is no run under the thread sanitizer: it sees only synchronisation it has instrumented, and the threads are those
-of torch's OpenMP runtime, so it reports a race for every hand-over of work. What threads share is little: the call's
-description, which nobody writes once it has been made, an atomic counter of items, and results and partial results, of
-which each item has its own (schedule.cpp). The tests compare results of one and of several threads to the bit.
+of torch's OpenMP runtime (libgomp), which nobody has instrumented, so it reports a race for every hand-over of work. What
+threads share is little: the call's description, which nobody writes once it has been made; an atomic counter, which gives
+each item to one thread (tasks.hpp); and memory that items write to, of which each has its own. Those are the rows of the
+output, and partial results (schedule.cpp); in a backward pass the rows of the query's gradient, and sums of keys, values,
+masks and captured tensors, of which items that could meet in one place have a copy each (gradients.cpp). What
+is merged is merged after the join, by one thread or again with places of its own for each item. The tests compare results
+of one and of several threads to the bit.
 """
 
 from __future__ import annotations
@@ -24,7 +30,14 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 BACKEND: Final = ROOT / "backends/cpu_x86"
 FLAGS: Final = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-TESTS: Final = ("test_native.py", "test_programs.py", "test_flex.py", "test_quantized_pages.py")
+TESTS: Final = (
+    "test_native.py",
+    "test_programs.py",
+    "test_flex.py",
+    "test_quantized_pages.py",
+    "test_gradients.py",
+    "test_gradient_programs.py",
+)
 
 
 def build(folder: Path) -> Path:
@@ -70,7 +83,9 @@ def main(arguments: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     tests = [str(BACKEND / "tests" / name) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *arguments]
+    chosen = [] if "--all" in arguments else ["-m", "sanitized"]
+    rest = [argument for argument in arguments if argument != "--all"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *chosen, *rest]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

@@ -68,6 +68,7 @@ def blocks(shape: str, rows: int, keys: int, size: int | tuple[int, int]) -> Blo
     return create_block_mask(mask, batch, heads, rows, keys, device="cpu", BLOCK_SIZE=size)
 
 
+@pytest.mark.sanitized
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 3, 17, 64, 100, 131]),
@@ -102,6 +103,7 @@ def test_dense_calls_with_functions_and_masks_in_every_combination_are_those_of_
         LIBRARY.set_isa(dtype, before)
 
 
+@pytest.mark.sanitized
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 300)), min_size=0, max_size=5),
@@ -128,6 +130,7 @@ def test_packed_sequences_are_those_of_the_specification(
     )
 
 
+@pytest.mark.sanitized
 @settings(max_examples=30, deadline=None)
 @given(
     page=st.sampled_from([1, 3, 16, 64, 200]),
@@ -291,6 +294,7 @@ def flex(description: str, operands: list[Tensor], rows: int = 4) -> Any:
 PLAIN = "0 0 0 0 0 0 1 1 -1 -1 0 0 0 0"
 
 
+@pytest.mark.sanitized
 @settings(max_examples=300, deadline=None)
 @given(
     st.one_of(

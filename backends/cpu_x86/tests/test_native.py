@@ -88,6 +88,7 @@ def test_an_empty_batch_gives_an_empty_output(isa: str) -> None:
     assert out.shape == (0, 4, 3, 8) and lse.shape == (0, 4, 3)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["swapped", "sliced", "every_second", "columns"])
 @pytest.mark.parametrize("length", [2, 40])
@@ -114,6 +115,7 @@ def test_no_query_heads_give_an_empty_output(isa: str, dtype: torch.dtype, kv_he
     assert lse.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "keys"), [(1, 5), (1, 2100), (9, 65), (130, 300), (3, 0), (0, 3)])
 def test_values_of_size_zero_give_an_empty_output_and_the_same_lse(
@@ -306,6 +308,7 @@ def test_batch_entries_do_not_depend_on_each_other(isa: str) -> None:
     assert torch.equal(OPS.attention(*(x[2:3] for x in tensors), True, 0.2), whole[2:3])
 
 
+@pytest.mark.sanitized
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_problem_matches_the_oracle(data: st.DataObject) -> None:

@@ -160,13 +160,20 @@ FLEX = "0 0 1 1 0 0 1 1 -1 -1 0 0 0 0"
 
 
 def arguments_of(name: str) -> list[Tensor]:
-    mask = [torch.zeros(5, 7)] if name.startswith(("masked", "flex")) else []
-    return [*inputs(2, 4, 2, 5, 7, 16, 8, torch.float32), *mask]
+    tensors = list(inputs(2, 4, 2, 5, 7, 16, 8, torch.float32))
+    if name.startswith(("masked", "flex", "attention_backward")):
+        tensors.append(torch.zeros(5, 7))
+    if name == "attention_backward":
+        out, lse = OPS.flex_attention(*tensors[:3], tensors[3:], FLEX, 1.0)
+        tensors += [torch.ones_like(out), torch.ones_like(lse), out, lse]
+    return tensors
 
 
 def output(name: str, tensors: list[Tensor]) -> Tensor:
     if name == "flex_attention":
         result = OPERATORS[name](*tensors[:3], tensors[3:], FLEX, 1.0)
+    elif name == "attention_backward":
+        result = OPERATORS[name](*tensors[:3], tensors[3:4], FLEX, 1.0, "1 0 0", *tensors[4:])
     else:
         result = OPERATORS[name](*tensors, False, 1.0)
     return result[-1] if isinstance(result, tuple) else result

@@ -119,6 +119,7 @@ def gather_graph(spec: CapturedSpec, index: torch.dtype) -> Graph:
     return builder.finish([builder.gather(0, [builder.input(d) for d in range(spec.ndim)])])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("isa", cases.SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gathers_read_any_strides_by_indices_from_both_ends(dtype: torch.dtype, isa: str) -> None:
@@ -138,6 +139,7 @@ def test_gathers_read_any_strides_by_indices_from_both_ends(dtype: torch.dtype, 
         check_close(found, evaluate(graph, inputs, [table])[0], dtype)
 
 
+@pytest.mark.sanitized
 def test_an_index_out_of_range_reads_inside_the_tensor() -> None:
     memory = torch.full((40,), 99.0)
     table = memory[10:30]
@@ -219,6 +221,7 @@ def alibi() -> Graph:
     return builder.finish([builder.apply("tanh", builder.apply("add", score, bias))])
 
 
+@pytest.mark.sanitized
 @settings(max_examples=1000, deadline=None)
 @given(
     st.lists(

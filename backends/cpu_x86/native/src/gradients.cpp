@@ -39,10 +39,10 @@ bool mask_sum_fits(const GradientPlan& g) {
   const thal_attention& c = g.p.call;
   if (c.mask_kind <= THAL_MASK_BOOL || c.ragged) return false;
   const int64_t sizes[4] = {c.B, c.Hq, c.L, c.S};
+  if (std::count(sizes, sizes + 4, 0)) return true;
   int64_t left = g.g.sum_count - 1 - g.g.mask_sum;  // taken from step by step, as the last place may overflow
   for (int d = 0; d < 4; ++d) {
     const int64_t steps = sizes[d] - 1, stride = g.g.mask_sum_stride[d];
-    if (steps < 0) return true;
     if (stride < 0 || left < 0 || (steps && stride > left / steps)) return false;
     left -= steps * stride;
   }
@@ -167,11 +167,11 @@ bool pointers_missing(const GradientPlan& g) {
   const thal_gradients& d = g.g;
   if (g.sums() && d.sum_count > 0 && !d.sums) return true;
   if (g.items == 0) return false;
-  const bool values = g.p.most_rows > 0 && c.Ev > 0, keys = g.p.most_keys > 0;
-  if (g.p.most_rows > 0 && (!c.q || !c.lse || !d.grad_q)) return true;
+  const bool rows = g.p.most_rows > 0, values = rows && c.Ev > 0, keys = g.p.most_keys > 0;
+  if (rows && (!c.q || !c.lse || !d.grad_q)) return true;
   if (values && (!c.out || !d.grad_out)) return true;
   if (keys && (!c.k || !d.grad_k || (c.Ev > 0 && (!c.v || !d.grad_v)))) return true;
-  return keys && c.mask_kind != THAL_MASK_NONE && !c.mask;
+  return rows && keys && c.mask_kind != THAL_MASK_NONE && !c.mask;
 }
 
 void run_group(const GradientPlan& g, const Isa& isa, int64_t group, char* scratch) {

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Graph
 from torchhal.problems import AttentionProblem
-from torchhal.reference import attention as reference
 from torchhal.reference.layouts import Piece, paged_pieces, varlen_pieces
 from torchhal_cpu_x86 import gradients, programs
 from torchhal_cpu_x86.gradients import Run
@@ -48,8 +46,6 @@ def runner(problem: AttentionProblem) -> Run:
         scale: float,
         operands: AttentionOperands | None,
     ) -> Any:
-        if forward_ad._current_level >= 0 and attend is not plain:  # tangents, which only plain torch carries
-            return reference.attention(problem, query, key, value, attn_mask, scale, operands)
         given = operands or AttentionOperands()
         kind = (given.kv_num_blocks is not None, given.full_kv_num_blocks is not None, given.dropout_p)
         text = described.get(kind)

@@ -8,6 +8,7 @@ so nothing of size L x S is ever kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 
 from torchhal.pointwise import Graph
 from torchhal.pointwise.differentiate import differentiate
+from torchhal.pointwise.graph import Node
 from torchhal.problems import AttentionProblem
 from torchhal.reference import attention as reference
 from torchhal.reference.attention import score_dtype
@@ -76,11 +78,20 @@ def describe(problem: AttentionProblem) -> Description:
 
 def _gradient_of(score_mod: Graph) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
     """Contributions and program; the first result is the gradient of the score."""
-    gradient = differentiate(score_mod)
+    gradient = differentiate(_in_float32(score_mod))
     contributions = tuple(
         (c.captured, c.indices[0] if c.indices else 0, c.value) for c in gradient.contributions
     )
     return contributions, programs.encode(gradient.graph)
+
+
+def _in_float32(score_mod: Graph) -> Graph:
+    """With the cast that the kernels apply to a result of another type, whose gradient is one of float32 too."""
+    (output,) = score_mod.outputs
+    if score_mod.nodes[output].dtype is torch.float32:
+        return score_mod
+    nodes = (*score_mod.nodes, Node("cast", (output,), torch.float32))
+    return replace(score_mod, nodes=nodes, outputs=(len(score_mod.nodes),))
 
 
 def outside_transforms(run: Run, problem: AttentionProblem) -> Run:
