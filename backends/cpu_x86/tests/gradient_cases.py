@@ -176,7 +176,9 @@ def check(problem: Problem, through: str = "both", floor: float = 0.0, **options
     for place, (a, b, c) in enumerate(zip(found, exact, plain, strict=True)):
         sums = place > 2
         name = f"gradient of leaf {place} through {through}"
-        assert_accurate(a, b, c, name, problem.dtype, floor + 8 * rounding if sums else floor)
+        # Of float64 the oracle is no more exact than the kernels are.
+        own = 64 * rounding if problem.dtype is torch.float64 else 0.0
+        assert_accurate(a, b, c, name, problem.dtype, floor + own + (8 * rounding if sums else 0.0))
     return found
 
 

@@ -45,10 +45,10 @@ class Contribution(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_: ClassVar = [
         ("struct_size", ctypes.c_uint32), *((n, I32) for n in ("dtype", "isa", "is_causal", "mask_kind", "num_threads")),
-        ("scale", ctypes.c_float), ("reserved", I32), *((n, I64) for n in ("B", "Hq", "Hkv", "L", "S", "E", "Ev")),
+        ("scale", ctypes.c_double), *((n, I64) for n in ("B", "Hq", "Hkv", "L", "S", "E", "Ev")),
         *((n, P) for n in ("q", "k", "v", "mask", "out", "lse")),
         *((n, I64 * 4) for n in ("q_stride", "k_stride", "v_stride", "mask_stride", "out_stride")), ("lse_stride", I64 * 3),
-        *((n, P) for n in ("score_mod", "mask_mod", "blocks", "dropout", "ragged", "workspace")), ("workspace_size", I64),
+        *((n, P) for n in ("score_mod", "mask_mod", "blocks", "dropout", "ragged", "quantized", "workspace")), ("workspace_size", I64),
         ("parallel", P), ("parallel_user", P),
     ]  # fmt: skip
 

@@ -55,16 +55,6 @@ def test_plain_causal_and_masked_calls_are_served_without_being_asked_for(dtype:
 
 REFUSED: list[tuple[str, Callable[[list[torch.Tensor]], Any], str]] = [
     (
-        "float64",
-        lambda t: torchhal.attention(*(x.double() for x in t), backend="cpu_x86"),
-        "does not claim torch.float64",
-    ),
-    (
-        "gradients",
-        lambda t: torchhal.attention(*(x.requires_grad_() for x in t), backend="cpu_x86"),
-        "does not claim backward",
-    ),
-    (
         "mixed types",
         lambda t: torchhal.attention(t[0], t[1], t[2].bfloat16(), backend="cpu_x86"),
         "mixed_dtypes",
@@ -84,10 +74,9 @@ def test_what_is_not_claimed_is_refused_with_the_reason(call: Callable[[Any], An
 
 
 def test_what_is_not_claimed_falls_to_the_reference_with_a_warning() -> None:
-    q, k, v = (t.requires_grad_() for t in qkv())
-    with pytest.warns(FallbackWarning, match="cpu_x86: does not claim backward"):
-        torchhal.attention(q, k, v).sum().backward()  # type: ignore[union-attr]
-    assert q.grad is not None
+    q, k, v = qkv()
+    with pytest.warns(FallbackWarning, match="cpu_x86: does not claim mixed_dtypes"):
+        assert torchhal.attention(q, k, v.bfloat16()).shape == q.shape  # type: ignore[union-attr]
 
 
 def test_an_install_without_the_library_declines_with_its_path(
@@ -132,7 +121,7 @@ def test_the_probe_never_raises_and_measures_the_ceilings() -> None:
     assert found["status"] == "ready"
     assert found["fma_gflops"] > 1
     assert found["read_gbps"] > 0.1
-    assert set(found["chosen"]) == {"float32", "bfloat16", "float16"}
+    assert set(found["chosen"]) == {"float32", "bfloat16", "float16", "float64"}
 
 
 def test_every_plan_promises_what_the_operators_keep() -> None:

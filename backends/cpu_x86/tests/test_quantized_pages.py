@@ -17,7 +17,7 @@ import torchhal
 Tensor = torch.Tensor
 NAN = float("nan")
 STORED = (torch.int8, torch.float8_e4m3fn)
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @contextmanager

@@ -78,19 +78,19 @@ def describe(problem: AttentionProblem) -> Description:
 
 def _gradient_of(score_mod: Graph) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
     """Contributions and program; the first result is the gradient of the score."""
-    gradient = differentiate(_in_float32(score_mod))
+    gradient = differentiate(_as_score(score_mod))
     contributions = tuple(
         (c.captured, c.indices[0] if c.indices else 0, c.value) for c in gradient.contributions
     )
     return contributions, programs.encode(gradient.graph)
 
 
-def _in_float32(score_mod: Graph) -> Graph:
-    """With the cast that the kernels apply to a result of another type, whose gradient is one of float32 too."""
-    (output,) = score_mod.outputs
-    if score_mod.nodes[output].dtype is torch.float32:
+def _as_score(score_mod: Graph) -> Graph:
+    """With the cast that the kernels apply to a result of another type than the score's, whose gradient has that too."""
+    (output,), score = score_mod.outputs, score_mod.inputs[0].dtype
+    if score_mod.nodes[output].dtype is score:
         return score_mod
-    nodes = (*score_mod.nodes, Node("cast", (output,), torch.float32))
+    nodes = (*score_mod.nodes, Node("cast", (output,), score))
     return replace(score_mod, nodes=nodes, outputs=(len(score_mod.nodes),))
 
 
