@@ -88,8 +88,20 @@ def _dot_of_halves(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _dot(self, *wide, *rest)
 
 
+_cast = InterpreterBuilder.cast_impl
+
+
+def _cast_to_nearest(self: Any, source: Any, target: Any) -> Any:
+    """The interpreter cuts float32 off to make bfloat16; hardware rounds it."""
+    if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+        return _cast(self, source, target)
+    rounded = torch.from_numpy(np.array(source.data, ndmin=1)).bfloat16().view(torch.uint16).numpy()
+    return TensorHandle(rounded.reshape(source.data.shape), tl.bfloat16)
+
+
 if DEVICE == "cpu":
     InterpreterBuilder.create_dot = _dot_of_halves
+    InterpreterBuilder.cast_impl = _cast_to_nearest
     for _name, _compute in FUNCTIONS.items():
         setattr(libdevice, _name, _interpreted(_compute))
 

@@ -1,7 +1,7 @@
 """Tiles of the portable kernels for each architecture: chosen by family, never by "at least".
 
-The numbers of Hopper were measured on an H100. Those of Blackwell have been compiled and inspected, and never run, so
-they are not served.
+The numbers of Hopper were measured on an H100. Those of Blackwell are where tuning would start: nothing has run there, so
+they are not served, and for compute capability 10.x the compiler of Triton 3.6 fails on the kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tuning(device: Device) -> Tuning | Decline:
         found = f"{device.name} has compute capability {major}.{device.capability[1]}"
         return Decline(
             "architecture_untried",
-            f"{found}; the kernels are compiled for it and have never run there, and so are not served",
+            f"{found}; the kernels have never run on that, and so are not served",
         )
     prefill, decode = TILES[major]
     return Tuning(prefill, decode, programs=max(device.multiprocessors, 1))
