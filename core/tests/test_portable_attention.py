@@ -294,6 +294,19 @@ def test_a_block_mask_over_pages_counts_in_positions() -> None:
         close((out[b : b + 1], lse[b : b + 1]), truth)
 
 
+def test_rows_before_the_first_position_see_nothing_under_a_block_mask() -> None:
+    query, key, value = qkv(1, 1, 1, 7, 8, 16, 16, FLOAT)
+    rules = blocks(lambda b, h, q, k: k >= 0, 8, 8, (8, 8))
+    out, lse = portable(
+        query, key, value, layout="paged", page_table=torch.zeros(1, 1, dtype=torch.int32),
+        seq_lens=torch.tensor([3], dtype=torch.int32), **rules,
+    )  # fmt: skip
+    assert torch.equal(out[:, :, :4], torch.zeros(1, 1, 4, 16))
+    assert bool((lse[:, :, :4] == -INF).all())
+    seen = oracle.attention(query[:, :, 4:], key[:, :, :3], value[:, :, :3], scale=0.25)
+    close((out[:, :, 4:], lse[:, :, 4:]), seen)
+
+
 def test_page_numbers_that_do_not_exist_are_read_from_pages_that_do() -> None:
     query, key, value = qkv(1, 1, 1, 1, 8, 16, 16, FLOAT)
     rules = {"layout": "paged", "seq_lens": torch.tensor([99], dtype=torch.int32)}
