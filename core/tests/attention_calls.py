@@ -32,9 +32,10 @@ def call(
     mask_mod: Callable[..., Any] | None = None,
     block_size: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
+    compute: Callable[..., Any] = attention,
     **tensors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of the reference; ``tensors`` are fields of AttentionOperands."""
+    """Output and LSE of the reference, or of ``compute`` in its place; ``tensors`` are fields of AttentionOperands."""
     score = captured_mod(score_mod, query, key, value)
     visible = captured_mod(mask_mod, None)
     problem = AttentionProblem(
@@ -63,7 +64,7 @@ def call(
         **tensors,
     )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    result = attention(problem, query, key, value, mask, scale, operands)
+    result = compute(problem, query, key, value, mask, scale, operands)
     assert isinstance(result, tuple)
     return result
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+if (
+    "PORTABLE_DEVICE" not in os.environ
+):  # before anything imports Triton, which decides once how kernels are run
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import sys
 from collections.abc import Iterator
 from importlib import metadata

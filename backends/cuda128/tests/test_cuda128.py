@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from torchhal.problems import AttentionProblem, Decline, DeployProblem, Plan
+from torchhal.problems import Decline, DeployProblem, MatmulProblem, Plan
 from torchhal.registry import Backend, verify
 from torchhal_cuda128 import deploy, plugin
 from torchhal_cuda128.hardware import Device, Hardware, describe, observe, unsuitable
@@ -125,8 +125,8 @@ def test_the_plugin_satisfies_the_specification_on_this_machine() -> None:
     assert backend().info.device_types == {"cuda"}
 
 
-def test_kernel_families_are_declined_as_unclaimed() -> None:
-    assert code(backend().ask(AttentionProblem(torch.device("cuda", 0)))) == "unclaimed_family"
+def test_families_without_kernels_are_declined_as_unclaimed() -> None:
+    assert code(backend().ask(MatmulProblem(torch.device("cuda", 0)))) == "unclaimed_family"
 
 
 def test_a_task_without_a_claim_is_declined_by_the_core() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torchhal
-from torchhal.problems import BackendInfo, Decline, DeployProblem, Plan
-from torchhal_cuda128 import deploy, hardware
+from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, Plan
+from torchhal_cuda128 import attention, deploy, hardware
 from torchhal_cuda128.capabilities import CAPABILITIES
 
 
@@ -17,8 +17,15 @@ def torchhal_backend() -> BackendInfo:
         device_types=frozenset({"cuda"}),
         spec=">=1.0,<2",
         capabilities=CAPABILITIES,
+        preference={"cuda": 200},
         probe=lambda: hardware.describe(hardware.observe()),
     )
+
+
+@torchhal.hookimpl
+def torchhal_attention(problem: AttentionProblem) -> Plan | Decline:
+    """The Triton kernels, where the hardware is suitable and Triton is installed."""
+    return attention.plan(problem, hardware.observe())
 
 
 @torchhal.hookimpl

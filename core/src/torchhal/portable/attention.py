@@ -1,0 +1,160 @@
+"""Attention by the portable Triton kernels: which problems they serve, and how a call is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torchhal.operands import AttentionOperands, empty_output
+from torchhal.portable import unavailable
+from torchhal.portable.launch import Launcher, Shape, shape_of
+from torchhal.portable.tiles import PLAIN, Tiles, Tuning
+from torchhal.problems import AttentionClaims, AttentionProblem, Decline
+
+Run = Callable[..., Any]
+
+CLAIMS: Final = AttentionClaims(
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    layouts=frozenset({"dense", "varlen", "paged"}),
+    causal=True,
+    boolean_mask=True,
+    additive_mask=True,
+    gqa=True,
+    value_head_size=True,
+    lse=True,
+    score_mod=True,
+    mask_mod=True,
+    captured_tensors=True,
+    dropout=True,
+)
+"""What the kernels do; a backend claims of it what it has tested on its hardware."""
+
+LARGEST_HEAD: Final = 576
+"""Of queries and keys, or of values."""
+DECODE_ROWS: Final = 64
+"""Up to so many rows of a key head, over all query heads that share it, are decoding."""
+SHORTEST_SPLIT: Final = 256
+"""Keys below which another program costs more than it saves."""
+MOST_SPLITS: Final = 128
+
+
+def decline(problem: AttentionProblem) -> Decline | None:
+    """Why the kernels do not serve a problem that :data:`CLAIMS` cover, or None."""
+    missing = unavailable()
+    if missing is not None:
+        return missing
+    widest = max(problem.head_size, problem.value_head_size)
+    if widest > LARGEST_HEAD:
+        return Decline(
+            "head_size", f"a head size of {widest} is not served; the kernels go up to {LARGEST_HEAD}"
+        )
+    if problem.value_head_size == 0:
+        return Decline("head_size", "values without elements are not served")
+    if problem.layout == "varlen" and problem.block_size is not None:
+        return Decline("varlen_block_mask", "a BlockMask over packed sequences is not served")
+    return None
+
+
+def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
+    """The ``run`` of a Plan, as :func:`torchhal.hookspecs.torchhal_attention` has it. Needs Triton.
+
+    Args:
+        problem: what :func:`decline` lets pass.
+        tuning: what depends on the hardware.
+    """
+    known = {False: tuning.prefill(problem), True: tuning.decode(problem)}
+    launcher = Launcher(problem, tuning.precision)
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float,
+        operands: AttentionOperands | None,
+    ) -> Any:
+        given = operands or _NOTHING
+        out = empty_output(query, value)
+        lse = query.new_empty(query.shape[:-1] if problem.return_lse else (0,), dtype=torch.float32)
+        if query.numel():
+            shape = shape_of(problem, query, key, given)
+            decode = is_decode(shape, problem, given)
+            parts = splits(shape, known[decode], tuning) if decode else 0
+            with on_device(query):
+                known[decode] = fitting(
+                    launcher,
+                    known[decode],
+                    shape,
+                    parts,
+                    query,
+                    key,
+                    value,
+                    attn_mask,
+                    scale,
+                    given,
+                    out,
+                    lse,
+                )
+        return (out, lse) if problem.return_lse else out
+
+    return run
+
+
+_NOTHING: Final = AttentionOperands()
+
+
+def fitting(launcher: Launcher, tiles: Tiles, *arguments: Any) -> Tiles:
+    """Launch with these tiles or, where the device has too little memory for them, with the largest that fit.
+
+    How much a kernel needs is known once its user's functions are compiled into it; so the tiles are tried.
+    """
+    while True:
+        try:
+            launcher(tiles, *arguments)
+        except Exception as error:
+            found = tiles.smaller() if is_out_of_resources(error) else None
+            if found is None:
+                raise
+            tiles = found
+        else:
+            return tiles
+
+
+def is_out_of_resources(error: Exception) -> bool:
+    """Whether a kernel was refused for the memory or the registers that it asks for."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device the current one, on which Triton launches."""
+    if tensor.device.type == "cpu":
+        return _NOWHERE
+    module = torch.get_device_module(tensor.device)
+    if module.current_device() == tensor.device.index:
+        return _NOWHERE
+    return module.device(tensor.device)  # type: ignore[no-any-return]
+
+
+_NOWHERE: Final = nullcontext()
+
+
+def is_decode(shape: Shape, problem: AttentionProblem, operands: AttentionOperands) -> bool:
+    """Whether the query heads of a key head go into the rows of one tile.
+
+    Not with a BlockMask, whose lists each have rows of one block and may have heads of their own.
+    """
+    few = shape.rows * shape.group <= DECODE_ROWS
+    return few and problem.layout != "varlen" and operands.kv_num_blocks is None
+
+
+def splits(shape: Shape, tiles: Tiles, tuning: Tuning) -> int:
+    """Into how many parts the keys are split in decoding, so that the device is busy; 1 for none."""
+    programs = shape.batch * shape.key_heads * -(-shape.rows * shape.group // tiles.rows)
+    wanted = -(-tuning.programs // programs)
+    return max(1, min(wanted, shape.keys // SHORTEST_SPLIT, MOST_SPLITS))
