@@ -56,7 +56,8 @@ def build(folder: Path) -> Path:
         "-B",
         str(folder),
         "-DCMAKE_BUILD_TYPE=",
-        f"-DCMAKE_CXX_FLAGS=-O1 {FLAGS}",
+        f"-DCMAKE_CXX_FLAGS={FLAGS}",
+        "-DTORCHHAL_OPTIMIZATION=-O1",
         "-DTORCHHAL_EMULATE_AMX=ON",
     ]
     for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):

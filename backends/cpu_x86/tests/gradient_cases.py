@@ -217,7 +217,7 @@ def counted_from_the_end(bias: Tensor) -> Function:
 
 
 def gathered_twice(scales: Tensor) -> Function:
-    return lambda s, b, h, q, k: s * scales[h] + scales[q % 4]
+    return lambda s, b, h, q, k: s + torch.tanh(s) * scales[h] + scales[q % 4]
 
 
 def by_kind_of_key(kinds: Tensor, bias: Tensor) -> Function:
@@ -225,7 +225,7 @@ def by_kind_of_key(kinds: Tensor, bias: Tensor) -> Function:
 
 
 def two_tables(rows: Tensor, keys: Tensor) -> Function:
-    return lambda s, b, h, q, k: s * rows[q % 9, h] + keys[k % 11] * s
+    return lambda s, b, h, q, k: s + torch.tanh(s) * (rows[q % 9, h] + keys[k % 11])
 
 
 KINDS = torch.tensor([2, 0, -1, 1, 1, 0, 2], dtype=torch.int32)

@@ -32,7 +32,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with the emulated set and the one it builds upon."""
     folder = tmp_path_factory.mktemp("emulated")
     configure = [str(CMAKE), "-S", str(BACKEND), "-B", str(folder), "-DTORCHHAL_EMULATE_AMX=ON"]
-    configure += ["-DTORCHHAL_INSTRUCTION_SETS=avx512_bf16;amx_bf16", "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_FLAGS=-O1"]  # fmt: skip
+    configure += ["-DTORCHHAL_INSTRUCTION_SETS=avx512_bf16;amx_bf16", "-DCMAKE_BUILD_TYPE=", "-DTORCHHAL_OPTIMIZATION=-O1"]  # fmt: skip
     for command in (configure, [str(CMAKE), "--build", str(folder), "--parallel", str(os.cpu_count())]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

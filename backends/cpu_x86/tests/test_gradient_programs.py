@@ -247,7 +247,7 @@ def test_no_call_at_all_is_refused() -> None:
         assert _run(given_call, asked) == POINTER
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(-(2**63), HUGE) | st.integers(-3, 90)), max_size=4),
     st.integers(0, len(TOLD.words)) | st.just(len(TOLD.words)),
@@ -276,7 +276,7 @@ def test_damaged_words_and_contributions_are_refused_or_stay_inside_what_they_we
     assert call.outside_is_untouched() if code == 0 else call.is_untouched()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.one_of(
         st.text(max_size=40),

@@ -40,7 +40,12 @@ struct Vec512 {
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   }
   static float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
-  static F broadcast(const char* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*reinterpret_cast<const int*>(p))); }
+  // A pair of 16-bit numbers may lie at any even address.
+  static F broadcast(const char* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof(word));
+    return _mm512_castsi512_ps(_mm512_set1_epi32(word));
+  }
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   // Lanes below n of a row of 32-bit words, the rest zero.
