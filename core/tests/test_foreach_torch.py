@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_backends import Install
 from torch import Tensor
 
+import torchhal
+from torchhal import BackendInfo, Capabilities, Plan, hookimpl
 from torchhal.foreach import Policy
 from torchhal.foreach_torch import TABLE, translate
+from torchhal.problems import ForeachProblem
+from torchhal.reference import foreach as reference
+from torchhal.reference.plugin import FOREACH
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(5,), (33, 7), (0, 3), (), (130,)]
@@ -198,3 +205,36 @@ def test_gradients_are_torchs() -> None:
     found = torch.autograd.grad([t.sum() for t in call.run()], xs)
     wanted = torch.autograd.grad([t.sum() for t in torch._foreach_div(xs, [2.0, 3.0])], xs)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# ---------------------------------------------------------------------------- who serves them
+
+
+def fuser(*devices: str) -> SimpleNamespace:
+    """A backend for some devices that claims the foreach family."""
+
+    @hookimpl
+    def torchhal_backend() -> BackendInfo:
+        capabilities = Capabilities(foreach=FOREACH)
+        return BackendInfo(
+            "fuser", "tests", frozenset(devices), ">=1.0,<2", capabilities, dict.fromkeys(devices, 9)
+        )
+
+    @hookimpl
+    def torchhal_foreach(problem: ForeachProblem) -> Plan:
+        return reference.plan(problem)
+
+    return SimpleNamespace(torchhal_backend=torchhal_backend, torchhal_foreach=torchhal_foreach)
+
+
+@pytest.mark.parametrize(("devices", "served"), [(("cpu",), 0), (("cpu", "meta"), 1)])
+def test_under_the_mode_torchs_functions_are_served_for_accelerators_and_left_alone_for_cpus(
+    install: Install, devices: tuple[str, ...], served: int
+) -> None:
+    install("fuser", fuser(*devices))
+    with torchhal.enable():
+        torch._foreach_add([torch.zeros(2)], 1.0)
+    assert sum(route.count for route in torchhal.routes()) == served
+    with torchhal.enable("fuser"):
+        torch._foreach_add([torch.zeros(2)], 1.0)
+    assert sum(route.count for route in torchhal.routes() if route.chosen == "fuser") == served + 1

@@ -51,10 +51,16 @@ def _traced(mode: Mode, function: Callable[..., Any], args: Any, kwargs: Any) ->
 
 @constant_while_tracing
 def improvable(backend: str | None, unscoped: bool) -> bool:
-    """Whether someone besides the reference claims the foreach family, or the user chose who is to serve it."""
+    """Whether a backend of an accelerator claims the foreach family, or the user chose who is to serve it.
+
+    Each of torch's ``_foreach_`` functions is one pass over memory whoever serves it. An accelerator gains from one launch
+    for the whole list; on the CPU nothing is launched, and the mode would cost every other operation its microsecond.
+    """
     chosen = backend or (None if unscoped else scope.chosen_backend())
     names = [chosen] if chosen else (environment.preferred_backends("foreach") or ([], ""))[0]
     if names:
         return any(registry().get(name).info.capabilities.foreach is not None for name in names)
-    others = (b for b in registry().backends.values() if b.name != REFERENCE)
+    others = (
+        b for b in registry().backends.values() if b.name != REFERENCE and b.info.device_types - {"cpu"}
+    )
     return any(b.info.capabilities.foreach is not None for b in others)

@@ -48,7 +48,8 @@ def run(
     The program sees its own arguments, sys.path and __main__, writes to standard output alone, and ends this command with
     its own exit code. Then the routes its calls took are printed to standard error.
 
-    Where a backend claims torch's _foreach functions, or is chosen for them, they are served too, under `torchhal.enable()`.
+    Where the backend of an accelerator claims the foreach family, or one is chosen for it, torch's _foreach functions are
+    served too, under `torchhal.enable()`.
     That belongs to one thread, so calls of them on threads that the program starts go to torch; that there were such
     threads is noted. Processes that the program starts are not covered.
     """
