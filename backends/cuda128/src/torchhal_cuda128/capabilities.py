@@ -11,8 +11,14 @@ from torchhal.portable import attention
 from torchhal.problems import Capabilities, DeployClaims
 
 CAPABILITIES: Final = Capabilities(
-    attention=replace(attention.CLAIMS, dtypes=frozenset({torch.bfloat16, torch.float16})),
+    attention=replace(
+        attention.CLAIMS,
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        boolean_mask=False,
+        additive_mask=False,
+    ),
     deploy=DeployClaims(tasks=frozenset({"compile_options", "profiler"})),
 )
-"""Of attention what the portable kernels do, in the types that the matrix units of Hopper multiply. They do float32 too,
-and it is not claimed: on Hopper its last bits depended on the strides of a mask, and the mended kernels have not run there."""
+"""Of attention what the portable kernels do on Hopper by the conformance suite, in the types that its matrix units multiply.
+They do float32 and dense masks too, which are not claimed: Triton lays sums out over threads as it loads a mask, so the last
+bits of a result change with the mask's strides (H100, Triton 3.6)."""

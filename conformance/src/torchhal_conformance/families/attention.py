@@ -306,11 +306,13 @@ def _keep(call: Call, inputs: Inputs, part: dict[str, Any]) -> Tensor | None:
     """What dropout leaves, by the seed that a call draws from torch's generator."""
     if not call.dropout:
         return None
-    with torch.random.fork_rng(devices=[]):
+    device = part["query"].device
+    drawn = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**drawn):
         torch.manual_seed(inputs["random"])
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device=device))
     shape = (part["query"].shape[0], call.heads, part["query"].shape[2], part["key"].shape[2])
-    return philox.kept(seed, shape, call.dropout, part["first"], part["batch"] or 0)
+    return philox.kept(seed, shape, call.dropout, part["first"], part["batch"] or 0).to(device)
 
 
 def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -183,5 +183,7 @@ def offset(index, size, stride, WIDE: tl.constexpr):
     index = tl.minimum(tl.maximum(index, -size), size - 1)
     index = tl.where(index < 0, index + size, index)
     if WIDE:
-        return index.to(tl.int64) * stride
-    return index.to(tl.int32) * stride
+        place = index.to(tl.int64) * stride
+    else:  # a return in the other branch would not keep Triton from reading on, and from finding two types
+        place = index.to(tl.int32) * stride
+    return place
