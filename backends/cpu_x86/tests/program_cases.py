@@ -27,16 +27,6 @@ SETS: Final = [
 ]  # which share avx512's machine
 
 
-class _Captured(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("dims", ctypes.c_int32),
-        ("sizes", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-    )
-
-
 class _Input(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -74,14 +64,16 @@ def run_words(
     given = (_Input * max(len(inputs), 1))()
     for i, (tensor, span) in enumerate(zip(inputs, spans, strict=True)):
         given[i] = _Input(tensor.data_ptr(), LANES, list(SPANS).index(span), 0)
-    lists, tensors = [], (_Captured * max(len(captured), 1))()
+    lists, tensors = [], (programs.Captured * max(len(captured), 1))()
     for i, tensor in enumerate(captured):
         shape = [
             (ctypes.c_int64 * max(tensor.dim(), 1))(*numbers) for numbers in (tensor.shape, tensor.stride())
         ]
         lists += shape
         addresses = [ctypes.addressof(numbers) for numbers in shape]
-        tensors[i] = _Captured(tensor.data_ptr(), programs.TYPES[tensor.dtype], tensor.dim(), *addresses)
+        tensors[i] = programs.Captured(
+            tensor.data_ptr(), programs.TYPES[tensor.dtype], tensor.dim(), *addresses
+        )
     out = torch.full((rows, LANES), -77, dtype=kept_as(wanted))
     code: int = _run(
         array, len(words), native.ISAS[isa], rows, given, len(inputs), tensors, len(captured),

@@ -24,10 +24,6 @@ B, HQ, HKV, L, S, E, EV = 1, 4, 2, 3, 5, 6, 4
 HUGE = 2**63 - 1
 
 
-class Captured(ctypes.Structure):
-    _fields_: ClassVar = [("data", P), ("type", I32), ("dims", I32), ("sizes", P), ("strides", P)]
-
-
 class Function(ctypes.Structure):
     _fields_: ClassVar = [("words", P), ("count", I64), ("captured", P), ("captured_count", I64)]
 
@@ -112,7 +108,7 @@ class Call:
     def attention(self) -> Attention:
         words = programs.encode(SCORE)
         shape = [(I64 * 2)(*numbers) for numbers in (self.table.shape, self.table.stride())]
-        table = Captured(
+        table = programs.Captured(
             self.table.data_ptr(), programs.TYPES[torch.float32], 2, *map(ctypes.addressof, shape)
         )
         array = (I64 * len(words))(*words)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torchhal import Decline, Plan
 from torchhal.pointwise import Graph
@@ -15,6 +14,7 @@ from torchhal.problems import ForeachProblem
 from torchhal.reference.foreach import NUMBER_DTYPES, depends_on, output_shape
 from torchhal.reference.foreach import foreach_map as reference
 from torchhal_cpu_x86 import hardware, maps, native
+from torchhal_cpu_x86.gradients import is_transformed
 from torchhal_cpu_x86.maps import Column
 
 Lists = Sequence[Sequence[Tensor]]
@@ -39,9 +39,9 @@ def _mapping(problem: ForeachProblem) -> Callable[..., Results]:
     """The ``run`` of a plan."""
 
     def run(operands: Sequence[Any], captured: Sequence[Tensor], out: Lists | None) -> Results:
-        if forward_ad._current_level >= 0:  # tangents, which only plain torch carries
-            return reference(problem, operands, captured, out)
         columns = _columns(problem, operands)
+        if is_transformed() or not all(maps.is_readable(column) for column in columns):
+            return reference(problem, operands, captured, out)
         if len(problem.functions) == 1 and _is_plain(problem.functions[0], columns):
             return maps.run(problem.functions[0], columns, captured, out)
         return _part_by_part(problem, operands, columns, captured, out)
@@ -108,14 +108,14 @@ def _by_graph(
 ) -> dict[Graph | None, list[int]]:
     """Positions by the graph that serves them natively; None for those that plain torch does."""
     graphs = {tuple(spec.dtype for spec in graph.inputs): graph for graph in problem.functions}
+    numbers = [
+        kind == "scalars" or not isinstance(entry, (Tensor, list, tuple))
+        for entry, kind in zip(operands, problem.operands, strict=True)
+    ]
     found: dict[Graph | None, list[int]] = {}
     for position in range(len(next(c.items for c in columns if not c.shared))):
         tensors = [c.items[0 if c.shared else position] for c in columns]
         graph = graphs[tuple(t.dtype for t in tensors)]
-        numbers = [
-            kind == "scalars" or not isinstance(entry, (Tensor, list, tuple))
-            for entry, kind in zip(operands, problem.operands, strict=True)
-        ]
         shapes = [None if number else t.shape for t, number in zip(tensors, numbers, strict=True)]
         whole = output_shape(range(len(shapes)), shapes)
         alike = all(output_shape(needed, shapes) == whole for needed in depends_on(graph))

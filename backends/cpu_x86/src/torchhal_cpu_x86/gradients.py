@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchhal.errors import Unsupported
 from torchhal.pointwise import Graph
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.pointwise.graph import Node
@@ -101,13 +102,12 @@ def outside_transforms(run: Run, problem: AttentionProblem) -> Run:
     would be lost.
     """
     plain = reference.plan(problem).run
+    return lambda *arguments: (plain if is_transformed() else run)(*arguments)
 
-    def call(*arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-            return plain(*arguments)
-        return run(*arguments)
 
-    return call
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, whose tensors plain torch alone takes."""
+    return forward_ad._current_level >= 0 or bool(torch._C._are_functorch_transforms_active())
 
 
 # ---------------------------------------------------------------------------- formulas for autograd
@@ -134,11 +134,32 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return None, None, None, nothing, None, None, None
     above = torch.zeros_like(out) if grad_out is None else grad_out
     lse_above = lse.new_empty(0) if grad_lse is None else grad_lse
-    *found, sums = torch.ops.torchhal_cpu_x86.attention_backward(
-        query, key, value, operands, description, scale, text, above, lse_above, out, lse
-    )
+    with torch.no_grad():
+        results = torch.ops.torchhal_cpu_x86.attention_backward(
+            query, key, value, operands, description, scale, text, above, lse_above, out, lse
+        )
+    if torch.is_grad_enabled():  # with create_graph
+        results = _FirstDerivatives.apply(
+            len(results), *results, query, key, value, *operands, above, lse_above
+        )  # type: ignore[no-untyped-call]
+    *found, sums = results
     main = [gradient.to(query.dtype) for gradient in found]  # those of pages are float32
     return *main, _share(sums, operands, description, Description.of_text(text)), None, None, None
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """Gradients that depend on the tensors behind them, and refuse to be differentiated by them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise Unsupported(
+            "cpu_x86 computes the first derivatives of attention and no second ones, which were asked for; call attention "
+            "with backend='reference', whose derivatives are plain torch's"
+        )
 
 
 def _share(

@@ -28,6 +28,15 @@ class Column(NamedTuple):
         return self if self.shared else Column([self.items[position] for position in positions])
 
 
+def is_readable(column: Column) -> bool:
+    """Whether a column's tensors are what their memory says: no subclass's, and not to be negated on reading."""
+    plain = set(map(type, column.items)) <= _PLAIN
+    return plain and not any([t.is_neg() for t in column.items])  # noqa: C419 (a list is quicker)
+
+
+_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+
+
 def run(
     graph: Graph,
     columns: Sequence[Column],
@@ -113,16 +122,6 @@ def _writable(items: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtyp
 # ---------------------------------------------------------------------------- the native call
 
 
-class _Captured(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("dims", ctypes.c_int32),
-        ("sizes", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-    )
-
-
 class _Map(ctypes.Structure):
     """``thal_map`` of torchhal_cpu_x86.h."""
 
@@ -160,8 +159,8 @@ def _call(
     for column in columns:
         data.extend([t.data_ptr() for t in column.items] * (length if column.shared else 1))
     out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
-    tensors = (_Captured * len(captured))(
-        *[_Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
+    tensors = (programs.Captured * len(captured))(
+        *[programs.Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
     )
     library = native.load()
     call = _Map(

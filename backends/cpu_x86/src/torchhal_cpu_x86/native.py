@@ -244,7 +244,7 @@ class Native:
         """The callback that runs tasks on torch's threads. More than torch has would share scratch, not cores."""
         if count > torch.get_num_threads():
             raise ValueError(f"torch has {torch.get_num_threads()} threads, {count} were asked for")
-        return ctypes.cast(self.library.thal_torch_parallel, ctypes.c_void_p), None
+        return self.parallel, None
 
     def _code(self, isa: str) -> int:
         if isa not in self.instruction_sets():

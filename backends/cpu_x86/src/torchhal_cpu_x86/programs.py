@@ -6,6 +6,7 @@ they vary with (a row, a key, both or nothing), which depends on the kernel that
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from collections.abc import Mapping
@@ -20,6 +21,18 @@ from torchhal_cpu_x86 import native
 
 VERSION: Final = 1
 TYPES: Final[Mapping[torch.dtype, int]] = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+class Captured(ctypes.Structure):
+    """``thal_captured`` of torchhal_cpu_x86.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("dims", ctypes.c_int32),
+        ("sizes", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+    )
 
 
 @functools.cache
