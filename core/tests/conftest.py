@@ -9,6 +9,7 @@ if (
 ):  # before anything imports Triton, which decides once how kernels are run
     os.environ["TRITON_INTERPRET"] = "1"
 
+import importlib
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_backends import FakeEntryPoint, Install
 from installed_backends import Site, clean_environment
 
 from torchhal import registry, selection
+
+LIBRARY = "TORCHHAL_CPU_X86_LIBRARY"
+BUILT_BY_HAND = os.environ.get(LIBRARY)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +51,19 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     yield add
     points.clear()
     selection.reset()
+
+
+@pytest.fixture
+def native(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The x86 backend, where it is installed. Where the processor can run it and it declines, that is a failure."""
+    if BUILT_BY_HAND is not None:
+        monkeypatch.setenv(LIBRARY, BUILT_BY_HAND)
+    plugin = pytest.importorskip("torchhal_cpu_x86.plugin")
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("the kernels need AVX2, which torch does not find in this processor")
+    refusal = importlib.import_module("torchhal_cpu_x86.hardware").decline()
+    assert refusal is None, str(refusal)
+    install("cpu_x86", plugin)
 
 
 @pytest.fixture

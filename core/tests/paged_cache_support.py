@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from attention_calls import NAN, normal
 from torch import Tensor
@@ -70,3 +71,30 @@ def state(held: torchhal.PagedKVCache) -> Any:
     """All that can be seen of a cache, to be compared before and after a call that fails."""
     seen = [(s, pages_of(held, s), [t.tolist() for t in contents(held, s)]) for s in held.sequences]
     return held.free_pages, held.used_pages, seen
+
+
+class Broken(Tensor):
+    """A pool whose write number ``fails`` raises, as one does that finds no memory."""
+
+    fails: int
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.fails -= 1
+        if self.fails < 0:
+            raise MemoryError
+        with torch._C.DisableTorchFunctionSubclass():
+            super().__setitem__(index, value)
+
+
+def assert_append_breaks_off(
+    held: torchhal.PagedKVCache, sequences: list[int], pool: str, fails: int
+) -> None:
+    """An append of a token to each of two sequences, in which a write to ``pool`` finds no memory, changes nothing."""
+    before, sound = state(held), getattr(held, pool)
+    broken = sound.as_subclass(Broken)
+    broken.fails = fails
+    setattr(held, pool, broken)
+    with pytest.raises(MemoryError):
+        held.append(sequences, *tokens(2, 1, 1))
+    setattr(held, pool, sound)
+    assert state(held) == before

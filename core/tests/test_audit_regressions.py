@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,6 @@ from torchhal.errors import InvalidProblem, TorchhalError, Unsupported
 from torchhal.reference.attention import plan as reference_plan
 
 Q, K, V = (torch.randn(2, 4, 8, 16) for _ in range(3))
-LIBRARY = "TORCHHAL_CPU_X86_LIBRARY"
-BUILT_BY_HAND = os.environ.get(LIBRARY)
 """Read before the other fixture clears the environment."""
 
 
@@ -28,18 +25,6 @@ BUILT_BY_HAND = os.environ.get(LIBRARY)
 def mine(install: Install) -> None:
     """A backend that serves everything, by way of the reference's code."""
     install("mine", backend("mine", reference_plan, preference={"cpu": 10}))
-
-
-@pytest.fixture
-def native(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The x86 backend, where it is installed and can run."""
-    if BUILT_BY_HAND is not None:
-        monkeypatch.setenv(LIBRARY, BUILT_BY_HAND)
-    plugin = pytest.importorskip("torchhal_cpu_x86.plugin")
-    hardware = pytest.importorskip("torchhal_cpu_x86.hardware")
-    if hardware.decline() is not None:
-        pytest.skip(str(hardware.decline()))
-    install("cpu_x86", plugin)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

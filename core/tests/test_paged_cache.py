@@ -11,7 +11,6 @@ import oracle
 import pytest
 import torch
 from attention_calls import normal, plain
-from fake_backends import Install
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -210,12 +209,7 @@ def test_a_cache_agrees_with_a_plain_list_of_tokens_whatever_is_asked_of_it() ->
     live("reference", 25)
 
 
-def test_a_native_backend_reads_a_cache_as_the_specification_does(install: Install) -> None:
-    plugin = pytest.importorskip("torchhal_cpu_x86.plugin")
-    hardware = pytest.importorskip("torchhal_cpu_x86.hardware")
-    if hardware.decline() is not None:
-        pytest.skip(str(hardware.decline()))
-    install("cpu_x86", plugin)
+def test_a_native_backend_reads_a_cache_as_the_specification_does(native: None) -> None:
     live("cpu_x86", 12)
 
 

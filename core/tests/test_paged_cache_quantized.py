@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from attention_calls import INF, NAN
-from fake_backends import Install
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cache_support import EV, HEADS, E, cache, contents, state, tokens
+from paged_cache_support import EV, HEADS, E, assert_append_breaks_off, cache, contents, state, tokens
 from test_paged_cache import Life, live
-from test_paged_cache_refusals import Broken
 from torch import Tensor
 
 import torchhal
@@ -59,12 +57,7 @@ def test_a_quantised_cache_agrees_with_a_plain_list_of_tokens_whatever_is_asked_
     live("reference", 3, kind)
 
 
-def test_a_native_backend_reads_a_quantised_cache_as_the_specification_does(install: Install) -> None:
-    plugin = pytest.importorskip("torchhal_cpu_x86.plugin")
-    hardware = pytest.importorskip("torchhal_cpu_x86.hardware")
-    if hardware.decline() is not None:
-        pytest.skip(str(hardware.decline()))
-    install("cpu_x86", plugin)
+def test_a_native_backend_reads_a_quantised_cache_as_the_specification_does(native: None) -> None:
     live("cpu_x86", 2, Exact)
     live("cpu_x86", 2, ExactFloat8)
 
@@ -75,14 +68,7 @@ def test_an_append_that_breaks_off_at_a_scale_leaves_everything_as_it_was(pool: 
     held = cache(kv_dtype=INT8)
     longer = held.allocate(*tokens(1, 7))
     both = [longer, held.fork(longer, 5)]
-    before, sound = state(held), getattr(held, pool)
-    broken = sound.as_subclass(Broken)
-    broken.fails = fails
-    setattr(held, pool, broken)
-    with pytest.raises(MemoryError):
-        held.append(both, *tokens(2, 1, 1))
-    setattr(held, pool, sound)
-    assert state(held) == before
+    assert_append_breaks_off(held, both, pool, fails)
 
 
 # ---------------------------------------------------------------------------- what is stored

@@ -6,24 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from paged_cache_support import EV, HEADS, E, cache, state, tokens
-from torch import Tensor
+from paged_cache_support import EV, HEADS, E, assert_append_breaks_off, cache, state, tokens
 
 import torchhal
 from torchhal.errors import InvalidProblem, PagedCacheFull, TorchhalError
-
-
-class Broken(Tensor):
-    """A pool whose write number ``fails`` raises, as one does that finds no memory."""
-
-    fails: int
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.fails -= 1
-        if self.fails < 0:
-            raise MemoryError
-        with torch._C.DisableTorchFunctionSubclass():
-            super().__setitem__(index, value)
 
 
 @pytest.mark.parametrize("pool", ["key_pages", "value_pages"])
@@ -36,14 +22,7 @@ def test_an_append_that_breaks_off_in_the_middle_leaves_everything_as_it_was(
     longer = held.allocate(*tokens(1, 7))
     both = [longer, held.fork(longer, 5)]
     both = both[::-1] if backwards else both
-    before, sound = state(held), getattr(held, pool)
-    broken = sound.as_subclass(Broken)
-    broken.fails = fails
-    setattr(held, pool, broken)
-    with pytest.raises(MemoryError):
-        held.append(both, *tokens(2, 1, 1))
-    setattr(held, pool, sound)
-    assert state(held) == before
+    assert_append_breaks_off(held, both, pool, fails)
     held.append(both, *tokens(2, 1, 1))
     assert held.used_pages == 3
 
