@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from native_cases import INF, LIBRARY, Tensor, rms
+from native_cases import INF, Tensor, rms
 
 import torchhal
 
@@ -180,17 +179,6 @@ def check(problem: Problem, through: str = "both", floor: float = 0.0, **options
         own = 64 * rounding if problem.dtype is torch.float64 else 0.0
         assert_accurate(a, b, c, name, problem.dtype, floor + own + (8 * rounding if sums else 0.0))
     return found
-
-
-@contextmanager
-def forced(isa: str, dtype: torch.dtype) -> Iterator[None]:
-    """An instruction set for a while."""
-    before = LIBRARY.get_isa(dtype)
-    LIBRARY.set_isa(dtype, isa)
-    try:
-        yield
-    finally:
-        LIBRARY.set_isa(dtype, before)
 
 
 # ---------------------------------------------------------------------------- functions with captured tensors

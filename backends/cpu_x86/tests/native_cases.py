@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -17,6 +20,17 @@ INF = float("inf")
 DTYPES = list(native.DTYPES)
 SETS = LIBRARY.instruction_sets()
 Tensor = torch.Tensor
+
+
+@contextmanager
+def forced(isa: str, dtype: torch.dtype) -> Iterator[None]:
+    """An instruction set for a while."""
+    before = LIBRARY.get_isa(dtype)
+    LIBRARY.set_isa(dtype, isa)
+    try:
+        yield
+    finally:
+        LIBRARY.set_isa(dtype, before)
 
 
 def respread(x: Tensor, how: str) -> Tensor:

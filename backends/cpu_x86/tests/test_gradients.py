@@ -10,7 +10,7 @@ import torch
 from gradient_cases import CAPTURED, Problem, check, draw, native, pulled_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, INF, SETS, Tensor, inputs, respread
+from native_cases import DTYPES, INF, SETS, Tensor, forced, inputs, respread
 
 import torchhal
 
@@ -53,7 +53,7 @@ def test_gradients_of_any_problem_are_those_of_autograd_in_float64(
     score, tensors = CAPTURED[captured] if captured else (None, ())
     visible = cases.window if hidden else None
     problem = Problem(*main, attn_mask, tensors, score, visible, causal, scale)
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         check(problem, through, few(dtype))
 
 
@@ -183,7 +183,7 @@ def test_what_hidden_keys_hold_reaches_no_gradient(wild: float, dtype: torch.dty
     clean = Problem(*inputs(1, 4, 2, 40, 130, 16, 24, dtype), keep)
     above = cases.gradients_above(clean)
     hidden = ~keep[0]
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         expected = pulled_back(native, clean, above, "both")
         key, value = (x.masked_fill(hidden[:, None], wild) for x in (clean.key, clean.value))
         found = pulled_back(native, clean.over([clean.query, key, value]), above, "both")
@@ -199,7 +199,7 @@ def test_what_a_row_that_sees_nothing_holds_reaches_no_gradient(dtype: torch.dty
     clean = Problem(*inputs(1, 4, 2, 40, 130, 16, 24, dtype), keep)
     above = cases.gradients_above(clean)
     blind = ~keep[:, 0]
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         expected = pulled_back(native, clean, above, "both")
         query, out = (x.masked_fill(blind[:, None], torch.nan) for x in (clean.query, above[0]))
         lse = above[1].masked_fill(blind, torch.nan)
@@ -223,7 +223,7 @@ def test_a_key_of_nan_reaches_the_rows_that_see_it_and_the_keys_that_those_see(
     keep[:20, 3] = keep[20:, 50:60] = False
     problem = Problem(*inputs(1, 4, 2, 40, 130, 16, 24, dtype), keep)
     problem.key[:, :, 3, 5] = torch.nan
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         rows, keys, values = wild_rows(pulled_back(native, problem, cases.gradients_above(problem), "both"))
     assert torch.equal(rows, (torch.arange(40) >= 20).expand_as(rows))
     seen = ((torch.arange(130) < 50) | (torch.arange(130) >= 60)).expand_as(keys)
@@ -236,7 +236,7 @@ def test_a_gradient_above_of_nan_reaches_its_row_and_what_that_sees(dtype: torch
     problem = Problem(*inputs(1, 4, 4, 40, 130, 16, 24, dtype), causal=True)
     above = cases.gradients_above(problem)
     above[0][0, 1, 25, 3] = torch.nan
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         rows, keys, values = wild_rows(pulled_back(native, problem, above, "out"))
     assert rows.nonzero().tolist() == [[0, 1, 25]]
     for found in (keys, values):
@@ -275,7 +275,7 @@ def test_gradients_are_the_same_bits_run_by_run_for_any_number_of_threads(
     problem = Problem(*inputs(1, 4, 2, 300, 300, 32, 32, dtype), draw(mask)[0], tensors, score)
     above = cases.gradients_above(problem)
     before, results = torch.get_num_threads(), []
-    with cases.forced(isa, dtype):
+    with forced(isa, dtype):
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, INF, LIBRARY, respread
+from native_cases import DTYPES, INF, LIBRARY, forced, respread
 
 import torchhal
 
@@ -18,16 +16,6 @@ Tensor = torch.Tensor
 NAN = float("nan")
 STORED = (torch.int8, torch.float8_e4m3fn)
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@contextmanager
-def instruction_set(dtype: torch.dtype, isa: str) -> Iterator[None]:
-    before = LIBRARY.get_isa(dtype)
-    LIBRARY.set_isa(dtype, isa)
-    try:
-        yield
-    finally:
-        LIBRARY.set_isa(dtype, before)
 
 
 def stored(shape: tuple[int, ...], kind: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -151,7 +139,7 @@ def test_quantised_pages_are_those_of_the_specification_whatever_unused_slots_an
         poison(lengths, given[0], pages, scale)
     spread = tuple(spread_like(pages, how) for pages in made)
     factors = [f.transpose(-1, 0).contiguous().transpose(-1, 0) if how == "swapped" else f for f in factors]
-    with instruction_set(dtype, isa):
+    with forced(isa, dtype):
         against_dequantized_pages(
             query,
             (spread[0], spread[1]),
@@ -186,7 +174,7 @@ def test_each_of_the_256_bytes_is_read_as_its_format_defines_it(
             torch.arange(len(value), dtype=torch.int32)[:, None],
             torch.ones(len(value), dtype=torch.int32),
         )
-        with instruction_set(torch.float32, isa):
+        with forced(isa, torch.float32):
             out, _ = call(query, pages, given, [torch.ones(1)] * 2, "cpu_x86")
         expected = dequantized(value, torch.ones(1)).expand(-1, -1, rows, -1).float()
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)

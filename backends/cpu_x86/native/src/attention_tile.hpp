@@ -62,20 +62,7 @@ class Tile : ScoreTile<V, DT, PAIRS, NQ> {
     const auto [n, partial] = this->score(panel, scores_, top, nullptr);
     if (n == 0) return;
     if (!values_loaded_) load_values();
-    switch (partial) {
-      case Partial::kNone:
-        soften<Partial::kNone>(panel, n, top, alpha);
-        break;
-      case Partial::kCausal:
-        soften<Partial::kCausal>(panel, n, top, alpha);
-        break;
-      case Partial::kScored:
-        soften<Partial::kScored>(panel, n, top, alpha);
-        break;
-      case Partial::kBias:
-        soften<Partial::kBias>(panel, n, top, alpha);
-        break;
-    }
+    with_partial(partial, [&, n = n](auto kind) { soften<decltype(kind)::value>(panel, n, top, alpha); });
     if (c_.dropout) drop(panel, n);
     add_values(panel, n, alpha, partial);
   }

@@ -68,11 +68,16 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
   }
 
  private:
-  // Row `row` of a tensor with a row for each query: query, out, or the gradient of either.
-  const char* row_of(const void* base, const int64_t* stride, int64_t row) const {
+  // Where row `row` begins in a tensor with a row, or a number, for each query.
+  int64_t place(const int64_t* stride, int64_t row) const {
     const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
-    const int64_t first = p_.packed() ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
-    return static_cast<const char*>(base) + (first + h * stride[1] + l * stride[2]) * kSize;
+    return first_row(stride) + h * stride[1] + l * stride[2];
+  }
+  int64_t first_row(const int64_t* stride) const {
+    return p_.packed() ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
+  }
+  const char* row_of(const void* base, const int64_t* stride, int64_t row) const {
+    return static_cast<const char*>(base) + place(stride, row) * kSize;
   }
 
   void start_gradients() {
@@ -82,7 +87,7 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
     for (int64_t i = 0; i < panels_ * W; ++i) {
       // As the online softmax does with its maximum: the difference is taken before the scores are scaled. A row that
       // sees no key has scores of -inf alone.
-      const T lse = i < it_.rows ? static_cast<const T*>(c_.lse)[lse_place(it_.row0 + i, c_.lse_stride)] : T(0);
+      const T lse = i < it_.rows ? static_cast<const T*>(c_.lse)[place(c_.lse_stride, it_.row0 + i)] : T(0);
       shift_[i] = lse == -kInf ? T(0) : lse / static_cast<T>(p_.lse_factor);
     }
     for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -91,13 +96,9 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
     }
   }
 
-  struct Rows {
-    const void* data;
-    const int64_t* stride;
-    int64_t columns;
-  };
-  Rows query() const { return {c_.q, c_.q_stride, c_.E}; }
-  Rows above() const { return {g_.g.grad_out, g_.g.grad_out_stride, c_.Ev}; }
+  using Rows = thal::Plan::Panel;
+  Rows query() const { return {c_.q, c_.q_stride, c_.E, 1.0}; }
+  Rows above() const { return {g_.g.grad_out, g_.g.grad_out_stride, c_.Ev, 1.0}; }
 
   // Rows of the tile in chunks of columns, as add_outer_block reads them; 0 in place of what is not finite. Returns
   // whether everything is.
@@ -140,23 +141,15 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
     }
   }
 
-  int64_t lse_place(int64_t row, const int64_t* stride) const {
-    const int64_t l = row / p_.group, h = it_.kv_head * p_.group + row % p_.group;
-    const int64_t first = p_.packed() ? it_.sequence.first_q * stride[2] : it_.b * stride[0];
-    return first + h * stride[1] + l * stride[2];
-  }
-
   // Rows of a panel as its lanes, with their columns in rows, as products with keys and values read them.
   void pack(const Rows& from, int64_t panel, T* out) {
-    const int64_t first = p_.packed() ? it_.sequence.first_q * from.stride[2] : it_.b * from.stride[0];
-    pack_panel<V, DT, PAIRS, NQ>(p_, it_, {from.data, from.stride, from.columns, 1.0}, first, it_.row0 + panel * W, out,
-                                 buffer_);
+    pack_panel<V, DT, PAIRS, NQ>(p_, it_, from, first_row(from.stride), it_.row0 + panel * W, out, buffer_);
   }
 
   // grad_out . out of each row, summed in the order in which grad_out . value is: where one key has all the weight, the
   // two cancel to 0, as they should. What the LSE passes on is subtracted.
   void add_deltas(int64_t panel) {
-    pack({c_.out, c_.out_stride, c_.Ev}, panel, out_);
+    pack({c_.out, c_.out_stride, c_.Ev, 1.0}, panel, out_);
     const T* above = above_ + panel * value_words_ * W;
     T* delta = delta_ + panel * W;
     for (int q = 0; q < NQ; ++q) {
@@ -166,7 +159,7 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
       V::store(delta + q * V::N, sum);
     }
     for (int64_t lane = 0; g_.g.grad_lse && lane < real_lanes(panel); ++lane)
-      delta[lane] -= static_cast<const T*>(g_.g.grad_lse)[lse_place(it_.row0 + panel * W + lane, g_.g.grad_lse_stride)];
+      delta[lane] -= static_cast<const T*>(g_.g.grad_lse)[place(g_.g.grad_lse_stride, it_.row0 + panel * W + lane)];
   }
 
   void load_values() {
@@ -191,20 +184,7 @@ class GradientTile : ScoreTile<V, DT, PAIRS, NQ> {
     if (!values_loaded_) load_values();
     scores<V, PAIRS, NQ>(values_, value_stride_, n, above_ + panel * value_words_ * W, value_words_, ds, top);
     if (c_.dropout) draw(panel, n, ds);
-    switch (partial) {
-      case Partial::kNone:
-        differentiate<Partial::kNone>(panel, n, p, ds);
-        break;
-      case Partial::kCausal:
-        differentiate<Partial::kCausal>(panel, n, p, ds);
-        break;
-      case Partial::kScored:
-        differentiate<Partial::kScored>(panel, n, p, ds);
-        break;
-      case Partial::kBias:
-        differentiate<Partial::kBias>(panel, n, p, ds);
-        break;
-    }
+    with_partial(partial, [&, n = n](auto kind) { differentiate<decltype(kind)::value>(panel, n, p, ds); });
     if (g_.g.mask_sum >= 0) add_to_mask(panel, n, ds);
     if (p_.has_score_mod) pull_back(panel, n, p, ds);
     if (c_.dropout)

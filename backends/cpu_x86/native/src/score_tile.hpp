@@ -13,6 +13,21 @@ namespace {
 // What hides keys of a block from rows of a panel. kScored: a score_mod alone, whose scores of -inf do.
 enum class Partial { kNone, kCausal, kScored, kBias };
 
+// f(kind) with the kind as a constant.
+template <class F>
+void with_partial(Partial partial, F f) {
+  switch (partial) {
+    case Partial::kNone:
+      return f(std::integral_constant<Partial, Partial::kNone>());
+    case Partial::kCausal:
+      return f(std::integral_constant<Partial, Partial::kCausal>());
+    case Partial::kScored:
+      return f(std::integral_constant<Partial, Partial::kScored>());
+    case Partial::kBias:
+      return f(std::integral_constant<Partial, Partial::kBias>());
+  }
+}
+
 // The scores of one panel and one block; n is 0 where no row sees a key.
 struct Scored {
   int64_t n;
