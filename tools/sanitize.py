@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> int:
     environment = {
         **os.environ,
         "TORCHHAL_CPU_X86_LIBRARY": str(library),
+        "PYTHONPATH": str(BACKEND / "src"),  # what is installed may be older than the library
         # libstdc++ too: torch throws exceptions, which the sanitizer's runtime has to find at its start.
         "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python keeps much to its end
