@@ -16,6 +16,7 @@ from installed_backends import Site
 
 from torchhal.bench import attention, catalogue, ceilings, chart, first_call
 from torchhal.bench.backward import Backward
+from torchhal.bench.block_mask import MakeBlockMask
 from torchhal.bench.candidates import FLEX, SDPA, SDPA_DENSE, SDPA_PADDED, UNFUSED
 from torchhal.bench.cases import Case, Requirement, describe
 from torchhal.bench.dense import AlibiSoftCap, Dense, Window, alibi_slopes
@@ -41,6 +42,8 @@ KINDS: list[Case] = [
     ),
     Backward("backward", **SIZES, causal=True),
     FirstCall("first", **SIZES),
+    MakeBlockMask("made-causal", length=1024, keys=1024, peer_length=512),
+    MakeBlockMask("made-window", length=1024, keys=1024, peer_length=512, window=200),
 ]
 
 
@@ -287,7 +290,7 @@ def test_the_cases_the_project_is_judged_by_are_there() -> None:
     }
     assert decode == {(1, 8192), (8, 2048), (32, 1024)}
     kinds = {type(case) for case in catalogue.ATTENTION}
-    assert kinds == {Dense, Window, AlibiSoftCap, Documents, PagedDecode, Backward, FirstCall}
+    assert kinds == {Dense, Window, AlibiSoftCap, Documents, PagedDecode, Backward, FirstCall, MakeBlockMask}
 
 
 def test_the_bars_are_those_the_project_promises() -> None:
@@ -330,7 +333,9 @@ def test_the_command_shows_what_a_case_needs_and_ends_well_when_it_is_missed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in KINDS if not isinstance(c, MakeBlockMask)], ids=lambda case: case.name
+)
 def test_compiled_flex_attention_is_right_or_says_why_it_is_not_run(case: Case) -> None:
     sized = case if isinstance(case, Documents) else dataclasses.replace(case, head_size=16)
     rows = attention.measure(sized, [registry().get("reference")], CPU, BRIEF, flex=True).rows

@@ -201,12 +201,13 @@ def _listed(blocks: Tensor, B: int, H: int) -> tuple[Tensor, Tensor]:
     flat = blocks.flatten(0, 2)
     count = torch.empty(flat.shape[0], dtype=torch.int32, device=blocks.device)
     indices = torch.empty(flat.shape, dtype=torch.int32, device=blocks.device)
-    column = torch.arange(columns, device=blocks.device)
+    column = torch.arange(columns, dtype=torch.int32, device=blocks.device)
     for part in _stretches(flat.shape[0], max(1, _CHUNK // max(1, columns))):
-        taken = flat[part].cumsum(-1)
-        total = flat[part].sum(-1)
-        place = torch.where(flat[part], taken - 1, total.unsqueeze(1) + column - taken)
-        indices[part].scatter_(-1, place, column.int().expand_as(place))
+        # In int32 a third of the time that torch's default of int64 takes, and scatter_ alone wants int64.
+        taken = flat[part].cumsum(-1, dtype=torch.int32)
+        total = flat[part].sum(-1, dtype=torch.int32)
+        place = torch.where(flat[part], taken - 1, total.unsqueeze(1) + column - taken).long()
+        indices[part].scatter_(-1, place, column.expand_as(place))
         count[part] = total
     lead = blocks.shape[:2]
     return (

@@ -1,7 +1,7 @@
 """What a measured call is made of: its sizes, its tensors, the work it is, and the bar it has to clear.
 
-:class:`Case` is what every kind has in common; the kinds are in :mod:`dense`, :mod:`layouts`, :mod:`backward` and
-:mod:`first_call` beside this file, and :mod:`catalogue` lists the calls that are measured.
+:class:`Case` is what every kind has in common; the kinds are in :mod:`dense`, :mod:`layouts`, :mod:`backward`,
+:mod:`block_mask` and :mod:`first_call` beside this file, and :mod:`catalogue` lists the calls that are measured.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from torchhal.bench.backward import Backward
+from torchhal.bench.block_mask import TORCH, MakeBlockMask
 from torchhal.bench.candidates import FLEX, SDPA, SDPA_DENSE, SDPA_PADDED
 from torchhal.bench.cases import Case, Requirement
 from torchhal.bench.dense import AlibiSoftCap, Dense, Window
@@ -87,6 +88,16 @@ ATTENTION: Final[tuple[Case, ...]] = (
     *_backward(torch.float32, 1.1),
     *_backward(torch.bfloat16, 1.6),
     FirstCall("first-call-new-mod", heads=8, kv_heads=8, length=512, keys=512, requirements=(Requirement(FLEX, 100.0),)),
+    *(
+        MakeBlockMask(
+            f"block-mask-{name}-65536",
+            length=65536,
+            keys=65536,
+            window=window,
+            requirements=(Requirement(TORCH, 1000.0),),
+        )
+        for name, window in (("causal", None), ("window", 512))
+    ),
     *_each_type(Dense("small-causal-64-d64", heads=8, kv_heads=8, length=64, keys=64, causal=True), _F32_BF16),
     *_each_type(Dense("small-decode-128-d64", heads=9, kv_heads=3, length=1, keys=128), _F32_BF16),
 )  # fmt: skip
