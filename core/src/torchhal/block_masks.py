@@ -198,7 +198,7 @@ def _listed(blocks: Tensor, B: int, H: int) -> tuple[Tensor, Tensor]:
     What a stable descending sort gives, as torch does it, in one pass: int32, (B, H, rows) and (B, H, rows, columns).
     """
     *_, rows, columns = blocks.shape
-    flat = blocks.flatten(0, 2)
+    flat = blocks.contiguous().flatten(0, 2)  # sums along columns that lie apart take three times as long
     count = torch.empty(flat.shape[0], dtype=torch.int32, device=blocks.device)
     indices = torch.empty(flat.shape, dtype=torch.int32, device=blocks.device)
     column = torch.arange(columns, dtype=torch.int32, device=blocks.device)
