@@ -7,8 +7,8 @@
 
 #include "dropout.hpp"
 #include "emit.hpp"
-#include "keys.hpp"
 #include "mods.hpp"
+#include "row_products.hpp"
 
 namespace {
 
@@ -20,6 +20,8 @@ class Rows {
   static constexpr int64_t kBlock = thal::kRowKeyBlock;
   static constexpr int64_t kParts = kBlock / thal::kLanes;  // rows of the machine for one query row
   static constexpr int64_t kSize = size_of<DT>();
+  // Keys to fetch ahead, of 128 elements about 16 KB: in float32 64 made pages of 16 keys a tenth slower.
+  static constexpr int64_t kAhead = kSize == 4 ? kBlock / 2 : kBlock;
 
   const Plan& p_;
   const Item& it_;
@@ -32,20 +34,12 @@ class Rows {
   BlockRows blocks_;
   int64_t key0_, count_;
   BlockRows::State state_;  // of all rows, by the BlockMask
-  struct Run {
-    const char *keys, *values;
-    int64_t at, count;  // place in the block
-    int64_t keys_ahead, values_ahead;  // bytes from here to where the next block's keys begin
-  };
   static constexpr int64_t kScales = is_quantized<DT>() ? kBlock : 1;
   alignas(64) float key_scales_[kScales], value_scales_[kScales];  // of the block, where keys and values are quantised
-  struct Runs {
-    const Run* first;
-    int64_t count, stride;
-  };
   Run runs_[kBlock];
   int64_t run_count_;
   bool masked_;  // some row may not see some key of the block
+  RowState shared_;
 
  public:
   Rows(const Plan& p, const Item& it, char* scratch)
@@ -60,6 +54,7 @@ class Rows {
     key_index_ = ints(p.at_key_index);
     width_ = (c_.E + N - 1) / N * N;
     value_width_ = (c_.Ev + N - 1) / N * N;
+    shared_ = {rows_, c_.E, c_.Ev, width_, value_width_, q_, scores_, o_};
   }
 
   void run() {
@@ -81,12 +76,6 @@ class Rows {
       count_ = smaller(kBlock, end - key);
       block();
     }
-  }
-
-  // Asks for what the next block will read. The loops below do too much per line for the out-of-order window to reach
-  // far ahead: without this, decoding read 10 GB/s on one Zen 4 core, with it 16; nearer, or into L1, was slower.
-  static void fetch_next_block(const char* row, int64_t ahead, int64_t at) {
-    if (at % 64 == 0) _mm_prefetch(row + ahead + at, _MM_HINT_T1);
   }
 
   void start() {
@@ -140,12 +129,12 @@ class Rows {
     }
   }
 
-  // The parts of the block that lie at one stride, and how far ahead of each the next block's part is.
+  // The parts of the block that lie at one stride, and how far from each what is read kAhead keys later is.
   void find_runs() {
     run_count_ = 0;
     for (int64_t j = 0; j < count_;) {
-      const KeyRun run = source_.run(key0_ + j, count_ - j);
-      const int64_t next = key0_ + kBlock + j;
+      const KeyRun run = source_.run(key0_ + j, smaller(kAhead, count_ - j));
+      const int64_t next = key0_ + kAhead + j;
       const KeyRun ahead = next < it_.sequence.S ? source_.run(next, 1) : run;
       runs_[run_count_++] = {run.keys, run.values, j, run.count, ahead.keys - run.keys, ahead.values - run.values};
       if constexpr (is_quantized<DT>()) {
@@ -166,12 +155,19 @@ class Rows {
       }
   }
 
+  // The products with keys and values of type T: as they lie, or widened.
+  template <int T>
+  RowProducts<V, T> products() const {
+    return RowProducts<V, T>(shared_);
+  }
+
   void score_run(const Run& run) {
     if (c_.k_stride[3] == 1) {
-      score_block<DT>(run.keys, c_.k_stride[2] * kSize, run);
+      products<DT>().score(run, c_.k_stride[2] * kSize);
     } else {
       widen_rows<V, DT>(run.keys, c_.k_stride, run.count, c_.E, k_, buffer_);
-      score_block<THAL_F32>(reinterpret_cast<const char*>(k_), c_.E * 4, run);
+      const Run widened = {reinterpret_cast<const char*>(k_), nullptr, run.at, run.count, 0, 0};
+      products<THAL_F32>().score(widened, c_.E * 4);
     }
   }
 
@@ -179,14 +175,14 @@ class Rows {
     const bool wild = masked_ && !finite_values();
     if constexpr (is_quantized<DT>()) scale_weights(wild);
     if (!wild && c_.v_stride[3] == 1) {
-      value_block<DT>(runs_, run_count_, c_.v_stride[2] * kSize, alpha);
+      products<DT>().add_values({runs_, run_count_, c_.v_stride[2] * kSize}, alpha);
       return;
     }
     for (const Run* run = runs_; run < runs_ + run_count_; ++run)
       widen_rows<V, DT>(run->values, c_.v_stride, run->count, c_.Ev, v_ + run->at * c_.Ev, buffer_);
     if (wild) zero_wild_values();
     const Run whole = {nullptr, reinterpret_cast<const char*>(v_), 0, count_, 0, 0};
-    value_block<THAL_F32>(&whole, 1, c_.Ev * 4, alpha);
+    products<THAL_F32>().add_values({&whole, 1, c_.Ev * 4}, alpha);
     for (const Run* run = runs_; wild && run < runs_ + run_count_; ++run) add_wild_values(*run);
   }
 
@@ -269,52 +265,6 @@ class Rows {
     return live;
   }
 
-  template <int T>
-  void score_block(const char* key, int64_t stride, const Run& run) {
-    int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) score_rows_of<T, 4>(r, key, stride, run);
-    for (; r + 2 <= rows_; r += 2) score_rows_of<T, 2>(r, key, stride, run);
-    for (; r < rows_; ++r) score_rows_of<T, 1>(r, key, stride, run);
-  }
-
-  template <int T, int R>
-  void score_rows_of(int64_t r, const char* key, int64_t stride, const Run& run) {
-    int64_t j = 0;
-    for (; j + 4 <= run.count; j += 4) dots<T, R, 4>(r, run.at + j, key + j * stride, stride, run.keys_ahead);
-    for (; j < run.count; ++j) dots<T, R, 1>(r, run.at + j, key + j * stride, stride, run.keys_ahead);
-  }
-
-  template <int T, int R, int K>
-  void dots(int64_t r0, int64_t j0, const char* key, int64_t stride, int64_t ahead) {
-    F acc[R][K];
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < K; ++j) acc[r][j] = V::zero();
-    const float* q = q_ + r0 * width_;
-    const auto step = [&](int64_t e, auto load) {
-      F k[K];
-      for (int j = 0; j < K; ++j) {
-        if (r0 == 0) fetch_next_block(key + j * stride, ahead, e * size_of<T>());
-        k[j] = load(key + j * stride + e * size_of<T>());
-      }
-      for (int r = 0; r < R; ++r) {
-        const F x = V::load(q + r * width_ + e);
-        for (int j = 0; j < K; ++j) acc[r][j] = V::fma(x, k[j], acc[r][j]);
-      }
-    };
-    int64_t e = 0;
-    for (; e + N <= c_.E; e += N) step(e, [](const char* p) { return V::template load_as<T>(p); });
-    const int rest = static_cast<int>(c_.E - e);
-    if (rest) step(e, [rest](const char* p) { return V::template load_part<T>(p, rest); });
-    for (int r = 0; r < R; ++r) {
-      float* s = scores_ + (r0 + r) * kBlock + j0;
-      if constexpr (K == 4) {
-        _mm_storeu_ps(s, V::reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
-      } else {
-        s[0] = V::reduce_add(acc[r][0]);
-      }
-    }
-  }
-
   // Scores of row r to weights; returns the factor for what was summed before.
   float soften(int64_t r) {
     float* s = scores_ + r * kBlock;
@@ -341,57 +291,6 @@ class Rows {
     max_[r] = now;
     sum_[r] = sum_[r] * fade[0] + V::reduce_add(total);
     return fade[0];
-  }
-
-  template <int T>
-  void value_block(const Run* runs, int64_t count, int64_t stride, const float* alpha) {
-    const Runs all = {runs, count, stride};
-    for (int64_t e = 0; e < c_.Ev; e += 4 * N) {
-      const int64_t left = c_.Ev - e;
-      int64_t r = 0;
-      for (; r + 4 <= rows_; r += 4) value_chunk<T, 4>(r, e, left, all, alpha);
-      for (; r + 2 <= rows_; r += 2) value_chunk<T, 2>(r, e, left, all, alpha);
-      for (; r < rows_; ++r) value_chunk<T, 1>(r, e, left, all, alpha);
-    }
-  }
-
-  template <int T, int R>
-  void value_chunk(int64_t r, int64_t e, int64_t left, const Runs& runs, const float* alpha) {
-    if (left >= 4 * N) {
-      add_columns<T, R, 4>(r, e, runs, alpha, [](const char* p) { return V::template load_as<T>(p); });
-      return;
-    }
-    for (; left > 0; left -= N, e += N) {
-      const int w = static_cast<int>(smaller(N, left));
-      add_columns<T, R, 1>(r, e, runs, alpha, [w](const char* p) { return V::template load_part<T>(p, w); });
-    }
-  }
-
-  template <int T, int R, int C, class Load>
-  void add_columns(int64_t r0, int64_t e, const Runs& runs, const float* alpha, Load load) {
-    F acc[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) acc[r][c] = V::zero();
-    for (const Run* run = runs.first; run < runs.first + runs.count; ++run) {
-      const float* s = scores_ + r0 * kBlock + run->at;
-      const char* value = run->values + e * size_of<T>();
-      for (int64_t j = 0; j < run->count; ++j, value += runs.stride) {
-        F v[C];
-        for (int c = 0; c < C; ++c) {
-          if (r0 == 0) fetch_next_block(value, run->values_ahead, c * N * size_of<T>());
-          v[c] = load(value + c * N * size_of<T>());
-        }
-        for (int r = 0; r < R; ++r) {
-          const F w = V::set1(s[r * kBlock + j]);
-          for (int c = 0; c < C; ++c) acc[r][c] = V::fma(w, v[c], acc[r][c]);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) {
-        float* o = o_ + (r0 + r) * value_width_ + e + c * N;
-        V::store(o, V::fma(V::load(o), V::set1(alpha[r0 + r]), acc[r][c]));
-      }
   }
 
   // What zero_wild_values took out, for the rows that do see the key.

@@ -24,6 +24,7 @@ SDPA_PADDED: Final = "torch sdpa, padded"
 SDPA_GATHERED: Final = "torch sdpa, pages gathered"
 UNFUSED: Final = "torch, unfused"
 FLEX: Final = "torch flex, compiled"
+READ: Final = "torch sum, same bytes"
 
 _MOST_SCORES: Final = 1 << 30
 """Bytes of scores past which the reference, which keeps them all, is not run."""
@@ -134,6 +135,15 @@ def sdpa(inputs: Inputs, mask: Tensor | None = None, is_causal: bool = False) ->
     return functools.partial(
         F.scaled_dot_product_attention, query, key, value, mask, is_causal=is_causal, enable_gqa=grouped
     )
+
+
+def reading(size: float, device: torch.device) -> Candidate:
+    """Reading ``size`` bytes, for calls that memory limits: what it gives in the same run, from a buffer as large."""
+    count = max(1, int(size) // 4)
+    data = torch.ones(count, device=device)
+    total = torch.full((1, 1, 1, 1), float(count), dtype=torch.float64, device=device)
+    expected = Expectation(torch.zeros(1, dtype=torch.int64, device=device), total, 1e-4 * count)
+    return Candidate(READ, data.sum, view=lambda found: found.view(1, 1, 1, 1), expected=expected)
 
 
 def causal_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from torchhal.bench.backward import Backward
 from torchhal.bench.block_mask import TORCH, MakeBlockMask
-from torchhal.bench.candidates import FLEX, SDPA, SDPA_DENSE, SDPA_PADDED
+from torchhal.bench.candidates import FLEX, READ, SDPA, SDPA_DENSE, SDPA_PADDED
 from torchhal.bench.cases import Case, Requirement
 from torchhal.bench.dense import AlibiSoftCap, Dense, Window
 from torchhal.bench.first_call import FirstCall
@@ -28,7 +28,10 @@ def _each_type(case: Case, types: Iterable[torch.dtype] = _TYPES) -> list[Case]:
 
 
 def _gqa(batch: int, keys: int, name: str) -> Dense:
-    return Dense(name, batch=batch, heads=32, kv_heads=8, length=1, keys=keys, head_size=128)
+    needed = (Requirement(READ, 0.8), Requirement(SDPA, 1.6), Requirement(FLEX, 1.6))
+    return Dense(
+        name, batch=batch, heads=32, kv_heads=8, length=1, keys=keys, head_size=128, requirements=needed
+    )
 
 
 def _paged(batch: int, keys: int) -> PagedDecode:

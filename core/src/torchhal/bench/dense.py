@@ -107,6 +107,8 @@ class Dense(Case):
 
     def _peers(self, inputs: Inputs, flex: bool) -> list[Candidate]:
         peers = [Candidate(SDPA, candidates.sdpa(inputs, inputs.attn_mask, self.causal))]
+        if self.length == 1:
+            peers.append(candidates.reading(self.bytes, inputs.query.device))
         if self.causal:
             dense = causal_mask(self, inputs.query.device)
             peers.append(Candidate(SDPA_DENSE, candidates.sdpa(inputs, dense)))
