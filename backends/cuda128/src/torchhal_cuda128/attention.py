@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchhal.portable import attention
+from torchhal.portable import attention, gradients
 from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal_cuda128 import tiles
 from torchhal_cuda128.hardware import Hardware, unsuitable
@@ -26,6 +26,7 @@ def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
         description=f"Triton, {device.architecture}, tiled prefill and split-key decode"
         + _functions(problem),
         deterministic=True,
+        differentiable=gradients.are_wanted(problem),
         workspace="O(B Hq L Ev)",
     )
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torchhal.operands import AttentionOperands, empty_output
-from torchhal.portable import unavailable
-from torchhal.portable.launch import Launcher, Shape, shape_of
+from torchhal.portable import gradients, unavailable
+from torchhal.portable.launch import Launcher
+from torchhal.portable.shapes import Shape, shape_of
 from torchhal.portable.tiles import PLAIN, Tiles, Tuning
 from torchhal.problems import AttentionClaims, AttentionProblem, Decline
 
@@ -30,6 +32,7 @@ CLAIMS: Final = AttentionClaims(
     mask_mod=True,
     captured_tensors=True,
     dropout=True,
+    backward=True,
 )
 """What the kernels do; a backend claims of it what it has tested on its hardware."""
 
@@ -56,6 +59,8 @@ def decline(problem: AttentionProblem) -> Decline | None:
         return Decline("head_size", "values without elements are not served")
     if problem.layout == "varlen" and problem.block_size is not None:
         return Decline("varlen_block_mask", "a BlockMask over packed sequences is not served")
+    if problem.layout == "paged" and problem.block_size is not None and gradients.are_wanted(problem):
+        return Decline("paged_block_mask_gradient", "gradients through a BlockMask over pages are not served")
     return None
 
 
@@ -66,6 +71,13 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
         problem: what :func:`decline` lets pass.
         tuning: what depends on the hardware.
     """
+    if gradients.are_wanted(problem):
+        return gradients.differentiable(passes(problem, tuning), problem)
+    return forward(problem, tuning)
+
+
+def forward(problem: AttentionProblem, tuning: Tuning) -> Run:
+    """:func:`runner` on tensors whose gradients nobody wants."""
     known = {False: tuning.prefill(problem), True: tuning.decode(problem)}
     launcher = Launcher(problem, tuning.precision)
 
@@ -107,7 +119,62 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
 _NOTHING: Final = AttentionOperands()
 
 
-def fitting(launcher: Launcher, tiles: Tiles, *arguments: Any) -> Tiles:
+def passes(problem: AttentionProblem, tuning: Tuning) -> gradients.Passes:
+    """Both directions of a problem."""
+    attend = forward(replace(problem, return_lse=True), tuning)
+    launcher = gradients.GradientLauncher(problem, tuning.precision)
+    known = [tuning.query_gradient(problem), tuning.key_gradient(problem)]
+
+    def backward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float,
+        operands: AttentionOperands,
+        out: Tensor,
+        lse: Tensor,
+        above: Tensor,
+        lse_above: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pages, lengths = (key, value), None
+        if problem.layout == "paged":
+            assert operands.page_table is not None and operands.seq_lens is not None
+            lengths = operands.seq_lens.contiguous()
+            key, value = (gradients.out_of_pages(tensor, operands.page_table) for tensor in pages)
+        kind = torch.float32 if problem.layout == "paged" else None
+        found = (
+            torch.empty_like(query),
+            torch.empty_like(key, dtype=kind),
+            torch.empty_like(value, dtype=kind),
+        )
+        with on_device(query):
+            delta = launcher.sum_rows(out, above, lse, lse_above)
+            shape = (
+                gradients.dense_shape(query, key)
+                if lengths is not None
+                else shape_of(problem, query, key, operands)
+            )
+            given = gradients.Arguments(
+                query, key, value, attn_mask, scale, operands, above, lse, delta, shape, lengths
+            )
+            if query.numel():
+                known[0] = fitting(launcher.query_gradient, known[0], given, found[0])
+            if found[1].numel() or found[2].numel():
+                known[1] = fitting(launcher.key_gradients, known[1], given, *found[1:])
+        if problem.layout == "paged":
+            assert operands.page_table is not None
+            of_pages = (
+                gradients.into_pages(x, like, operands.page_table)
+                for x, like in zip(found[1:], pages, strict=True)
+            )
+            return found[0], *of_pages
+        return found
+
+    return gradients.Passes(attend, backward)
+
+
+def fitting(launcher: Callable[..., None], tiles: Tiles, *arguments: Any) -> Tiles:
     """Launch with these tiles or, where the device has too little memory for them, with the largest that fit.
 
     How much a kernel needs is known once its user's functions are compiled into it; so the tiles are tried.
