@@ -162,13 +162,13 @@ def passes(problem: AttentionProblem, tuning: Tuning) -> gradients.Passes:
                 known[0] = fitting(launcher.query_gradient, known[0], given, found[0])
             if found[1].numel() or found[2].numel():
                 known[1] = fitting(launcher.key_gradients, known[1], given, *found[1:])
-        if problem.layout == "paged":
+        if lengths is not None:
             assert operands.page_table is not None
-            of_pages = (
+            key, value = (
                 gradients.into_pages(x, like, operands.page_table)
                 for x, like in zip(found[1:], pages, strict=True)
             )
-            return found[0], *of_pages
+            return found[0], key, value
         return found
 
     return gradients.Passes(attend, backward)

@@ -8,8 +8,10 @@ from above and delta the sum of ``out * dO`` along a row less the gradient of it
 with dS passed through the derivative of the ``score_mod``. One kernel walks the keys of a tile of query rows and one the rows,
 of all query heads that share it, of a tile of keys: every sum has one program and one order, and there are no atomics.
 
-A weight of 0 does not hide a NaN or an infinity. As in the forward pass a tile whose result is not finite is walked again
-with such numbers taken out: a row that sees one of a key has an LSE of NaN already, and one of dO reaches the keys it sees.
+A weight of 0 does not hide a NaN or an infinity. Where keys may be hidden, a program whose result is not finite says so in
+``strange``, and a second launch of the same kernel, ``CLEAN``, walks again with such numbers taken out, and ends at once
+everywhere else: a row that sees one of a key has an LSE of NaN already, and one of dO reaches the keys it sees. In one kernel
+both walks would share registers: the one that hardly ever runs would make the other spill 2 KB of them on Hopper.
 """
 
 from __future__ import annotations
@@ -126,20 +128,23 @@ def query_walk(
 
 @triton.jit(do_not_specialize=["batch", "heads", "group", "rows", "keys", "tiles"])
 def query_gradient_kernel(
-    query, key, value, above, lse, delta, gradient,
+    query, key, value, above, lse, delta, strange, gradient,
     q_strides, k_strides, v_strides, a_strides, l_strides, g_strides,
     mask, score_captured, mask_captured, partial, full, block_sizes, sequences, dropout,
     batch, heads, group, rows, keys, tiles, scale, extra,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E_PAD: tl.constexpr, EV_PAD: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, score_mod: tl.constexpr,
     mask_mod: tl.constexpr, slope: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
-    EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr,
+    EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """DQ of one tile of query rows of one head."""
     config: tl.constexpr = (
         CAUSAL, MASK, score_mod, mask_mod, FOLD, False, 0, PRECISION, E, EV, DROPOUT, NATURAL,
     )  # fmt: skip
     pid = tl.program_id(0)
+    if CLEAN:
+        if tl.load(strange + pid) == 0:
+            return
     tile = pid % tiles
     h = (pid // tiles) % heads
     b = pid // tiles // heads
@@ -213,27 +218,19 @@ def query_gradient_kernel(
     acc = tl.zeros((BLOCK_M, E_PAD), tl.float32)
     if BLOCKS:
         acc = query_walk(acc, q, a, lse_of, delta_of, 0, count, walk, source, of_rows, mods, mask, dropout, scale, extra,
-                         BLOCK_N, True, True, HAS_MASK_MOD, False, slope, config)  # fmt: skip
+                         BLOCK_N, True, True, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
         if FULL:
             acc = query_walk(acc, q, a, lse_of, delta_of, 0, count_full, walk_full, source, of_rows, mods, mask, dropout,
-                             scale, extra, BLOCK_N, True, True, False, False, slope, config)  # fmt: skip
+                             scale, extra, BLOCK_N, True, True, False, CLEAN, slope, config)  # fmt: skip
     else:
         acc = query_walk(acc, q, a, lse_of, delta_of, 0, free, walk, source, of_rows, mods, mask, dropout, scale, extra,
-                         BLOCK_N, False, False, HAS_MASK_MOD, False, slope, config)  # fmt: skip
+                         BLOCK_N, False, False, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
         acc = query_walk(acc, q, a, lse_of, delta_of, free, last, walk, source, of_rows, mods, mask, dropout, scale, extra,
-                         BLOCK_N, False, True, HAS_MASK_MOD, False, slope, config)  # fmt: skip
-    strange = row_ok[:, None] & (e < E) & ~(tl.abs(acc) < float("inf"))
-    if tl.max(strange.to(tl.int32)) != 0:
-        acc = tl.zeros((BLOCK_M, E_PAD), tl.float32)
-        if BLOCKS:
-            acc = query_walk(acc, q, a, lse_of, delta_of, 0, count, walk, source, of_rows, mods, mask, dropout, scale, extra,
-                             BLOCK_N, True, True, HAS_MASK_MOD, True, slope, config)  # fmt: skip
-            if FULL:
-                acc = query_walk(acc, q, a, lse_of, delta_of, 0, count_full, walk_full, source, of_rows, mods, mask, dropout,
-                                 scale, extra, BLOCK_N, True, True, False, True, slope, config)  # fmt: skip
-        else:
-            acc = query_walk(acc, q, a, lse_of, delta_of, 0, last, walk, source, of_rows, mods, mask, dropout, scale, extra,
-                             BLOCK_N, False, True, HAS_MASK_MOD, True, slope, config)  # fmt: skip
+                         BLOCK_N, False, True, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
+    if EXACT and not CLEAN:
+        tl.store(
+            strange + tl.program_id(0), tl.max((row_ok[:, None] & ~(tl.abs(acc) < float("inf"))).to(tl.int32))
+        )
     places = g_base + place[:, None] * g_strides[2] + e * g_strides[3]
     tl.store(places, (acc * scale).to(gradient.dtype.element_ty), mask=row_ok[:, None] & (e < E))
 
@@ -331,20 +328,23 @@ def head_walk(
 
 @triton.jit(do_not_specialize=["batch", "heads", "group", "rows", "keys", "tiles"])
 def key_gradient_kernel(
-    query, key, value, above, lse, delta, k_gradient, v_gradient,
+    query, key, value, above, lse, delta, strange, k_gradient, v_gradient,
     q_strides, k_strides, v_strides, a_strides, l_strides, kg_strides, vg_strides,
     mask, score_captured, mask_captured, partial, full, block_sizes, sequences, dropout,
     batch, heads, group, rows, keys, tiles, scale, extra,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, E_PAD: tl.constexpr, EV_PAD: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCKS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, score_mod: tl.constexpr,
     mask_mod: tl.constexpr, slope: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
-    EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr,
+    EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """DK and dV of one tile of keys of one key head, added over its query heads in their order. ``heads`` are key heads."""
     config: tl.constexpr = (
         CAUSAL, MASK, score_mod, mask_mod, FOLD, False, 0, PRECISION, E, EV, DROPOUT, NATURAL,
     )  # fmt: skip
     pid = tl.program_id(0)
+    if CLEAN:
+        if tl.load(strange + pid) == 0:
+            return
     tile = pid % tiles
     kv_head = (pid // tiles) % heads
     b = pid // tiles // heads
@@ -412,31 +412,14 @@ def key_gradient_kernel(
         numbers = (l_base + wide * l_strides[1], d_base + wide * l_strides[1])
         dk, dv, taken = head_walk(
             (dk, dv, taken), k, v, n, start, source, (b, h), numbers, place, mods, mask, lists, dropout, scale,
-            extra, BLOCK_M, BLOCK_N, BLOCKS, FULL, False, slope, config,
+            extra, BLOCK_M, BLOCK_N, BLOCKS, FULL, CLEAN, slope, config,
         )  # fmt: skip
-    worst = tl.maximum(
-        tl.max((there & ~(tl.abs(dk) < float("inf"))).to(tl.int32)),
-        tl.max((there & ~(tl.abs(dv) < float("inf"))).to(tl.int32)),
-    )
-    if worst != 0:
-        dk = tl.zeros((BLOCK_N, E_PAD), tl.float32)
-        dv = tl.zeros((BLOCK_N, EV_PAD), tl.float32)
-        for member in range(group):
-            h = kv_head * group + member
-            wide = h.to(tl.int64)
-            source = (
-                q_base + wide * q_strides[1],
-                a_base + wide * a_strides[1],
-                q_strides,
-                a_strides,
-                l_strides,
-            )
-            numbers = (l_base + wide * l_strides[1], d_base + wide * l_strides[1])
-            dk, dv, taken = head_walk(
-                (dk, dv, taken), k, v, n, start, source, (b, h), numbers, place, mods, mask, lists, dropout, scale,
-                extra, BLOCK_M, BLOCK_N, BLOCKS, FULL, True, slope, config,
-            )  # fmt: skip
+    if CLEAN:
         dv = tl.where(taken > 0, float("nan"), dv)
+    elif EXACT:
+        of_keys = tl.max((there & ~(tl.abs(dk) < float("inf"))).to(tl.int32))
+        of_values = tl.max((there & ~(tl.abs(dv) < float("inf"))).to(tl.int32))
+        tl.store(strange + tl.program_id(0), tl.maximum(of_keys, of_values))
     dk = tl.where(there, dk * scale, 0.0)
     dv = tl.where(there, dv, 0.0)
     tl.store(

@@ -23,7 +23,7 @@ from torchhal.portable.arguments import (
     row_strides,
     strides_of,
 )
-from torchhal.portable.launch import Launcher
+from torchhal.portable.launch import Launcher, Start, start
 from torchhal.portable.shapes import Shape
 from torchhal.portable.tiles import Tiles
 from torchhal.problems import AttentionProblem
@@ -152,8 +152,8 @@ class Arguments(NamedTuple):
 class GradientLauncher(Launcher):
     """The backward kernels of one problem. Keys and values of pages are given as (B, Hkv, S, E)."""
 
-    def __init__(self, problem: AttentionProblem, precision: str) -> None:
-        super().__init__(problem, precision)
+    def __init__(self, problem: AttentionProblem, precision: str, start: Start = start) -> None:
+        super().__init__(problem, precision, start)
         self.slope = None if problem.score_mod is None else slope_of(problem.score_mod)
 
     def sum_rows(self, out: Tensor, above: Tensor, lse: Tensor, lse_above: Tensor | None) -> Tensor:
@@ -165,10 +165,11 @@ class GradientLauncher(Launcher):
         rows, heads = (out.shape[2], out.shape[1]) if out.dim() == 4 else (out.shape[0], out.shape[1])
         if delta.numel():
             nothing = (0, 0, 0) if lse_above is None else row_strides(lse_above)
-            delta_kernel[(-(-rows // DELTA_ROWS), heads, batch)](
+            grid = (-(-rows // DELTA_ROWS), heads, batch)
+            arguments = (
                 out, above, lse_above, lse, delta, strides_of(out), strides_of(above), nothing, row_strides(lse), rows,
-                BLOCK=DELTA_ROWS, EV=self.problem.value_head_size, EV_PAD=self.widths[1], FROM_LSE=lse_above is not None,
             )  # fmt: skip
+            self.start(delta_kernel, grid, arguments, self._summed(lse_above is not None))
         return delta
 
     def query_gradient(self, tiles: Tiles, given: Arguments, gradient: Tensor) -> None:
@@ -179,11 +180,12 @@ class GradientLauncher(Launcher):
         count = self.count_tiles(tiles, shape, operands, False)
         programs = count * shape.heads * (1 if self.problem.layout == "varlen" else shape.batch)
         lists = self.blocks(tiles, shape, operands)
-        query_gradient_kernel[(programs,)](
-            *self._tensors(given), gradient, *self._strides(given), strides_of(gradient), *self._rules(given, lists),
-            shape.batch, shape.heads, shape.group, shape.rows, shape.keys, count, given.scale,
-            kept_factor(operands), **self._gradient_constants(tiles, given),
+        strange = self._strange(given, programs)
+        arguments = (
+            *self._tensors(given), strange, gradient, *self._strides(given), strides_of(gradient), *self._rules(given, lists),
+            shape.batch, shape.heads, shape.group, shape.rows, shape.keys, count, given.scale, kept_factor(operands),
         )  # fmt: skip
+        self._start_both(query_gradient_kernel, programs, arguments, self._gradient_constants(tiles, given))
 
     def key_gradients(self, tiles: Tiles, given: Arguments, of_key: Tensor, of_value: Tensor) -> None:
         """Compute the gradients of keys and values into ``of_key`` and ``of_value``."""
@@ -198,12 +200,32 @@ class GradientLauncher(Launcher):
         else:
             count = -(-shape.keys // tiles.keys)
         programs = count * shape.key_heads * (1 if problem.layout == "varlen" else shape.batch)
-        key_gradient_kernel[(programs,)](
-            *self._tensors(given), of_key, of_value, *self._strides(given), strides_of(of_key), strides_of(of_value),
+        strange = self._strange(given, programs)
+        arguments = (
+            *self._tensors(given), strange, of_key, of_value, *self._strides(given), strides_of(of_key), strides_of(of_value),
             *self._rules(given, lists),
             shape.batch, shape.key_heads, shape.group, shape.rows, shape.keys, count, given.scale,
-            kept_factor(given.operands), **self._gradient_constants(tiles, given),
+            kept_factor(given.operands),
         )  # fmt: skip
+        self._start_both(key_gradient_kernel, programs, arguments, self._gradient_constants(tiles, given))
+
+    def _strange(self, given: Arguments, programs: int) -> Tensor | None:
+        """Room for each program to say that its result is not finite; None where no pair is hidden from another."""
+        if not self.may_hide and given.operands.kv_num_blocks is None:
+            return None
+        return torch.empty(programs, dtype=torch.int32, device=given.query.device)
+
+    def _start_both(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        """The fast walks and, where that may be needed, those that take out what is not finite."""
+        self.start(kernel, (programs,), arguments, constants)
+        if constants["EXACT"]:
+            self.start(kernel, (programs,), arguments, {**constants, "CLEAN": True})
+
+    def _summed(self, from_lse: bool) -> dict[str, Any]:
+        size, width = self.problem.value_head_size, self.widths[1]
+        return {"BLOCK": DELTA_ROWS, "EV": size, "EV_PAD": width, "FROM_LSE": from_lse}
 
     def _tensors(self, given: Arguments) -> tuple[Tensor, ...]:
         return given.query, given.key, given.value, given.above, given.lse, given.delta
@@ -261,6 +283,7 @@ class GradientLauncher(Launcher):
         self, tiles: Tiles, blocks: tuple[bool, bool], positive: bool, wide: tuple[bool, bool]
     ) -> dict[str, Any]:
         problem = self.problem
+        exact = self.may_hide or blocks[0]
         score_mod, mask_mod, slope = (
             None if graph is None else printer.function(graph, is_wide)
             for graph, is_wide in zip(
@@ -273,7 +296,7 @@ class GradientLauncher(Launcher):
             "MASK": self.mask_kind, "score_mod": score_mod, "mask_mod": mask_mod, "slope": slope,
             "FOLD": score_mod is None and self.mask_kind != "additive" and positive and not self.natural,
             "PRECISION": self.precision, "E": problem.head_size, "EV": problem.value_head_size,
-            "DROPOUT": problem.dropout, "NATURAL": self.natural, **tiles.options(),
+            "DROPOUT": problem.dropout, "NATURAL": self.natural, "EXACT": exact, "CLEAN": False, **tiles.options(),
         }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -31,13 +32,24 @@ WIDEST_DESCRIPTOR: Final = 256
 # ---------------------------------------------------------------------------- launches
 
 
+Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
+
+def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Start a kernel of Triton: its programs, what it is given and what is compiled in."""
+    kernel[grid](*arguments, **constants)
+
+
 class Launcher:
     """The kernels of one problem: what is compiled into them, and what a call gives them."""
 
-    def __init__(self, problem: AttentionProblem, precision: str) -> None:
+    def __init__(self, problem: AttentionProblem, precision: str, start: Start = start) -> None:
+        self.start = start
         self.problem = problem
         self.precision = precision
         self.mask_kind = mask_kind(problem)
+        self.may_hide = bool(problem.is_causal or self.mask_kind or problem.mask_mod or problem.score_mod)
+        """Whether a row may be kept from a key that another row of its tile sees, by more than a BlockMask."""
         self.natural = problem.query_dtype is torch.float32
         self.widths = (padded(problem.head_size), padded(problem.value_head_size))
         self.describes = problem.layout == "dense" and max(self.widths) <= WIDEST_DESCRIPTOR
@@ -79,19 +91,26 @@ class Launcher:
             parts = query.new_empty(split * rows * (out.shape[-1] + 2), dtype=torch.float32)
         extra = kept_factor(operands)
         o_strides, lse_strides = strides_of(out), row_strides(lse)
-        kernels.attention_kernel[(programs,)](
+        arguments = (
             query, key, value, *self._descriptors(tiles, key, value), out, lse, parts, rows,
             strides_of(query), strides_of(key), strides_of(value), o_strides, lse_strides,
             mask_argument(attn_mask, self.natural), printer.flatten(operands.captured), printer.flatten(operands.mask_captured),
             *self.blocks(tiles, shape, operands), self.sequences(query, key, operands), dropout_argument(operands),
             shape.batch, heads, shape.group, shape.rows, shape.keys, count, max(split, 1), scale, extra,
-            **self._compiled_in(tiles, shape, operands, split, scale > 0),
         )  # fmt: skip
+        constants = self._compiled_in(tiles, shape, operands, split, scale > 0)
+        self.start(kernels.attention_kernel, (programs,), arguments, constants)
         if parts is not None:
-            kernels.merge_kernel[(rows,)](
+            arguments = (
                 parts, out, lse, o_strides, lse_strides, shape.heads, shape.rows, split, rows, extra,
-                EV=problem.value_head_size, EV_PAD=self.widths[1], SPLITS=padded(split), LSE=problem.return_lse, NATURAL=self.natural,
             )  # fmt: skip
+            self.start(kernels.merge_kernel, (rows,), arguments, self._merged(split))
+
+    def _merged(self, split: int) -> dict[str, Any]:
+        return {
+            "EV": self.problem.value_head_size, "EV_PAD": self.widths[1], "SPLITS": padded(split),
+            "LSE": self.problem.return_lse, "NATURAL": self.natural,
+        }  # fmt: skip
 
     def _compiled_in(
         self, tiles: Tiles, shape: Shape, operands: AttentionOperands, split: int, positive: bool
@@ -121,12 +140,10 @@ class Launcher:
             None if graph is None else printer.function(graph, is_wide)
             for graph, is_wide in zip((problem.score_mod, problem.mask_mod), wide, strict=True)
         )
-        # Whether a row may be kept from a key that another row of its tile sees.
-        may_hide = problem.is_causal or self.mask_kind or mask_mod or score_mod or blocks[0]
         return {
             "BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys, "E_PAD": self.widths[0], "EV_PAD": self.widths[1],
             "LAYOUT": problem.layout, "PAGE": problem.page_size or 0, "PACKED": packed, "SPLIT": split,
-            "BLOCKS": blocks[0], "FULL": blocks[1], "EVEN": even, "LSE": problem.return_lse, "EXACT": bool(may_hide),
+            "BLOCKS": blocks[0], "FULL": blocks[1], "EVEN": even, "LSE": problem.return_lse, "EXACT": self.may_hide or blocks[0],
             "CAUSAL": problem.is_causal, "MASK": self.mask_kind, "score_mod": score_mod, "mask_mod": mask_mod,
             "FOLD": score_mod is None and self.mask_kind != "additive" and positive and not self.natural,
             "NATURAL": self.natural, "PRECISION": self.precision,
