@@ -384,8 +384,12 @@ def test_gradients_through_a_block_mask_over_pages_are_declined() -> None:
 
 def test_transforms_of_functions_are_left_to_plain_torch() -> None:
     tensors = qkv(1, 1, 1, 3, 4, 16, 16, FLOAT)
-    run = portable(scale=0.25)
-    found = torch.func.grad(lambda q: run(q, *tensors[1:])[0].sum())(tensors[0])
+
+    def run(query: Tensor) -> Tensor:
+        compute = lambda problem, *arguments: attention.runner(problem)(*arguments)  # noqa: E731
+        return call(query, *tensors[1:], scale=0.25, compute=compute, features=BACKWARD)[0].sum()
+
+    found = torch.func.grad(run)(tensors[0])
     exact = pulled_back(
         lambda *t: attend(*t, Rules()), tensors, [torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3)], "out"
     )

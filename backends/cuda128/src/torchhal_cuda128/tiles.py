@@ -76,7 +76,7 @@ def hopper_query_gradient(problem: AttentionProblem) -> Tiles:
         return Tiles(16, 16, 4, 1)
     if size <= 64:
         return Tiles(64, 64, 4, 3)
-    return Tiles(64, 64, 4, 2) if size <= 128 else Tiles(64, 32, 8, 1)
+    return Tiles(128, 64, 8, 3) if size <= 128 else Tiles(64, 32, 8, 1)
 
 
 def hopper_key_gradient(problem: AttentionProblem) -> Tiles:
@@ -85,8 +85,8 @@ def hopper_key_gradient(problem: AttentionProblem) -> Tiles:
     if problem.query_dtype is torch.float32 or size > 256:
         return Tiles(16, 16, 4, 1)
     if size <= 64:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 8, 2) if size <= 128 else Tiles(32, 64, 8, 1)
+        return Tiles(128, 64, 4, 2)
+    return Tiles(32, 64, 4, 3) if size <= 128 else Tiles(32, 64, 8, 1)
 
 
 def consumer_blackwell_prefill(problem: AttentionProblem) -> Tiles:

@@ -136,6 +136,7 @@ def query_gradient_kernel(
     BLOCKS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, score_mod: tl.constexpr,
     mask_mod: tl.constexpr, slope: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
     EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, CLEAN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """DQ of one tile of query rows of one head."""
     config: tl.constexpr = (
@@ -241,12 +242,13 @@ def query_gradient_kernel(
 @triton.jit
 def key_walk(
     state, k, v, n, first, last, walk, source, of_head, numbers, place, mods, mask, dropout, scale, extra,
-    BLOCK_M: tl.constexpr, LISTED: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr,
-    slope: tl.constexpr, config: tl.constexpr,
+    BLOCK_M: tl.constexpr, LISTED: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    CLEAN: tl.constexpr, slope: tl.constexpr, config: tl.constexpr,
 ):  # fmt: skip
     """Add dS^T Q and P^T dO over steps ``first`` to ``last`` of a walk along query rows of a head.
 
-    Tiles are (keys, rows). ``CLEAN`` takes out what is not finite, and counts what of dO it took from rows that see a key.
+    Tiles are (keys, rows); ``RAGGED`` ones may reach past the last row. ``CLEAN`` takes out what is not finite, and counts
+    what of dO it took from rows that see a key.
     """
     dk, dv, taken = state
     query, above, q_strides, a_strides, l_strides = source
@@ -264,14 +266,16 @@ def key_walk(
         i = start + tl.arange(0, BLOCK_M)
         row_ok = i < limit
         at = (q_start + i).to(tl.int64)
-        lse_of, delta_of, blind = row_numbers(lse, delta, at * l_strides[2], row_ok, NATURAL)
-        sees = (row_ok & ~blind)[:, None]
-        q = tl.load(query + at[:, None] * q_strides[2] + e * q_strides[3], mask=sees & (e < E), other=0.0)
-        a = tl.load(above + at[:, None] * a_strides[2] + ev * a_strides[3], mask=sees & (ev < EV), other=0.0)
+        lse_of, delta_of, _blind = row_numbers(lse, delta, at * l_strides[2], row_ok, NATURAL)
+        # Not masked by what the LSE says: loads that wait for a load are not fetched ahead. Rows that see nothing are hidden
+        # from every key, and what they hold is taken out where it is not finite.
+        q = load_tile(query, at[:, None] * q_strides[2], e, q_strides[3], i[:, None], limit, E, RAGGED)
+        a = load_tile(above, at[:, None] * a_strides[2], ev, a_strides[3], i[:, None], limit, EV, RAGGED)
         of_rows = (b, h, i[None, :], first_position + i[None, :], row_ok[None, :])
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         s = logits(products, n, keys, of_rows, mods, mask, scale, BOUNDED, MASKED, config)
-        s = tl.where(row_ok[None, :], s, float("-inf"))
+        if RAGGED:
+            s = tl.where(row_ok[None, :], s, float("-inf"))
         weights = weights_of(s, lse_of[None, :], scale * LOG2E, config[4], NATURAL)
         dp = tl.dot(v, tl.trans(a), input_precision=PRECISION)
         kept_weights = weights
@@ -293,8 +297,8 @@ def key_walk(
 @triton.jit
 def head_walk(
     state, k, v, n, start, source, of_head, numbers, place, mods, mask, lists, dropout, scale, extra,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, CLEAN: tl.constexpr,
-    slope: tl.constexpr, config: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr, RAGGED: tl.constexpr,
+    CLEAN: tl.constexpr, slope: tl.constexpr, config: tl.constexpr,
 ):  # fmt: skip
     """:func:`key_walk` along all rows of a head that may see the tile's keys."""
     _q_start, first, rows, _keys = place
@@ -306,11 +310,11 @@ def head_walk(
         Q_BLOCK, _K_BLOCK, _tiles_of_block, parts, block_rows, columns = block_sizes
         count, walk = list_walk(partial, b, h, block_column, columns, parts, Q_BLOCK, block_rows, rows)
         state = key_walk(state, k, v, n, 0, count, walk, source, of_head, numbers, place, mods, mask, dropout, scale, extra,
-                         BLOCK_M, True, True, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
+                         BLOCK_M, True, True, HAS_MASK_MOD, RAGGED, CLEAN, slope, config)  # fmt: skip
         if FULL:
             count, walk = list_walk(full, b, h, block_column, columns, parts, Q_BLOCK, block_rows, rows)
             state = key_walk(state, k, v, n, 0, count, walk, source, of_head, numbers, place, mods, mask, dropout, scale,
-                             extra, BLOCK_M, True, True, False, CLEAN, slope, config)  # fmt: skip
+                             extra, BLOCK_M, True, True, False, RAGGED, CLEAN, slope, config)  # fmt: skip
     else:
         walk = (numbers[0], 0, 1, 0, 0, rows)
         last = tl.cdiv(rows, BLOCK_M)
@@ -319,10 +323,10 @@ def head_walk(
             begin = tl.maximum(start - first, 0) // BLOCK_M
             free = tl.minimum(tl.cdiv(tl.maximum(start + BLOCK_N - 1 - first, 0), BLOCK_M), last)
             state = key_walk(state, k, v, n, begin, free, walk, source, of_head, numbers, place, mods, mask, dropout, scale,
-                             extra, BLOCK_M, False, True, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
+                             extra, BLOCK_M, False, True, HAS_MASK_MOD, RAGGED, CLEAN, slope, config)  # fmt: skip
             free = tl.maximum(free, begin)
         state = key_walk(state, k, v, n, free, last, walk, source, of_head, numbers, place, mods, mask, dropout, scale, extra,
-                         BLOCK_M, False, False, HAS_MASK_MOD, CLEAN, slope, config)  # fmt: skip
+                         BLOCK_M, False, False, HAS_MASK_MOD, RAGGED, CLEAN, slope, config)  # fmt: skip
     return state
 
 
@@ -336,6 +340,7 @@ def key_gradient_kernel(
     BLOCKS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, score_mod: tl.constexpr,
     mask_mod: tl.constexpr, slope: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, E: tl.constexpr,
     EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr, EXACT: tl.constexpr, CLEAN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """DK and dV of one tile of keys of one key head, added over its query heads in their order. ``heads`` are key heads."""
     config: tl.constexpr = (
@@ -412,7 +417,7 @@ def key_gradient_kernel(
         numbers = (l_base + wide * l_strides[1], d_base + wide * l_strides[1])
         dk, dv, taken = head_walk(
             (dk, dv, taken), k, v, n, start, source, (b, h), numbers, place, mods, mask, lists, dropout, scale,
-            extra, BLOCK_M, BLOCK_N, BLOCKS, FULL, CLEAN, slope, config,
+            extra, BLOCK_M, BLOCK_N, BLOCKS, FULL, not EVEN, CLEAN, slope, config,
         )  # fmt: skip
     if CLEAN:
         dv = tl.where(taken > 0, float("nan"), dv)

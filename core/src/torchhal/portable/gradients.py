@@ -271,16 +271,17 @@ class GradientLauncher(Launcher):
         operands = given.operands
         wide = printer.is_wide(operands.captured), printer.is_wide(operands.mask_captured)
         blocks = operands.kv_num_blocks is not None, operands.full_kv_num_blocks is not None
-        variant = ("gradient", tiles, blocks, given.scale > 0, wide)
+        even = self.problem.layout != "varlen" and given.shape.rows % tiles.rows == 0
+        if blocks[0]:
+            even = even and self.block_size()[0] % tiles.rows == 0
+        variant = (tiles, blocks, even, given.scale > 0, wide)
         found = self.constants.get(variant)
         if found is None:
-            found = self.constants[variant] = self._make_gradient_constants(
-                tiles, blocks, given.scale > 0, wide
-            )
+            found = self.constants[variant] = self._make_gradient_constants(*variant)
         return found
 
     def _make_gradient_constants(
-        self, tiles: Tiles, blocks: tuple[bool, bool], positive: bool, wide: tuple[bool, bool]
+        self, tiles: Tiles, blocks: tuple[bool, bool], even: bool, positive: bool, wide: tuple[bool, bool]
     ) -> dict[str, Any]:
         problem = self.problem
         exact = self.may_hide or blocks[0]
@@ -296,7 +297,7 @@ class GradientLauncher(Launcher):
             "MASK": self.mask_kind, "score_mod": score_mod, "mask_mod": mask_mod, "slope": slope,
             "FOLD": score_mod is None and self.mask_kind != "additive" and positive and not self.natural,
             "PRECISION": self.precision, "E": problem.head_size, "EV": problem.value_head_size,
-            "DROPOUT": problem.dropout, "NATURAL": self.natural, "EXACT": exact, "CLEAN": False, **tiles.options(),
+            "DROPOUT": problem.dropout, "NATURAL": self.natural, "EXACT": exact, "CLEAN": False, "EVEN": even, **tiles.options(),
         }  # fmt: skip
 
 
