@@ -22,6 +22,7 @@ from torchhal.portable.arguments import (
     row_strides,
     strides_of,
 )
+from torchhal.portable.replay import Recording, tensors_of
 from torchhal.portable.shapes import Shape
 from torchhal.portable.tiles import Tiles, padded
 from torchhal.problems import AttentionProblem
@@ -32,12 +33,23 @@ WIDEST_DESCRIPTOR: Final = 256
 # ---------------------------------------------------------------------------- launches
 
 
-Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+Again = Callable[..., object]
+Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Again]
 
 
-def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Start a kernel of Triton: its programs, what it is given and what is compiled in."""
-    kernel[grid](*arguments, **constants)
+def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Again:
+    """Start a kernel of Triton: its programs, what it is given and what is compiled in.
+
+    Returns:
+        What starts it again on other arguments, tensors of the same alignment and equal numbers, without asking which
+        compiled kernel that needs: of the 170 us that a decode call cost a host, the asking was most (H100, Triton 3.6).
+    """
+    compiled = kernel[grid](*arguments, **constants)
+    if compiled is None:  # by Triton's interpreter
+        return lambda *others: kernel[grid](*others, **constants)
+    compiled_in = [constants.get(parameter.name) for parameter in kernel.params[len(arguments) :]]
+    launch = compiled[(*grid, 1, 1)[:3]]
+    return lambda *others: launch(*others, *compiled_in)
 
 
 class Launcher:
@@ -68,6 +80,7 @@ class Launcher:
         operands: AttentionOperands,
         out: Tensor,
         lse: Tensor,
+        recording: Recording | None = None,
     ) -> None:
         """Compute into ``out`` and ``lse``.
 
@@ -78,6 +91,7 @@ class Launcher:
             query, key, value, attn_mask, scale, operands: as ``Plan.run`` has them.
             out: (..., Ev) in the query's dtype.
             lse: float32, without elements where it is not asked for.
+            recording: where the kernels are recorded.
         """
         from torchhal.portable import attention_kernels as kernels
 
@@ -99,12 +113,18 @@ class Launcher:
             shape.batch, heads, shape.group, shape.rows, shape.keys, count, max(split, 1), scale, extra,
         )  # fmt: skip
         constants = self._compiled_in(tiles, shape, operands, split, scale > 0)
-        self.start(kernels.attention_kernel, (programs,), arguments, constants)
+        tensors = (query, key, value, out, lse, parts, *tensors_of(operands)) if recording is not None else ()
+        again = self.start(kernels.attention_kernel, (programs,), arguments, constants)
+        if recording is not None:
+            recording.add(again, arguments, tensors)
         if parts is not None:
             arguments = (
                 parts, out, lse, o_strides, lse_strides, shape.heads, shape.rows, split, rows, extra,
             )  # fmt: skip
-            self.start(kernels.merge_kernel, (rows,), arguments, self._merged(split))
+            again = self.start(kernels.merge_kernel, (rows,), arguments, self._merged(split))
+            if recording is not None:
+                recording.workspace = parts.numel()
+                recording.add(again, arguments, tensors)
 
     def _merged(self, split: int) -> dict[str, Any]:
         return {

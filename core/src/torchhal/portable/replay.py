@@ -7,11 +7,11 @@ puts its own tensors in the places of the recorded ones and starts the kernels t
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchhal.operands import AttentionOperands
@@ -56,11 +56,14 @@ class Recording:
 
     def __init__(self) -> None:
         self._launches: list[Launch] = []
-        self.workspace: int = 0
+        self.workspace = 0
         """Elements of the float32 workspace that the call had; 0 for none."""
         self.usable = True
+        """Whether every tensor of the call was found again among the kernels' arguments."""
 
-    def add(self, again: Callable[..., object], arguments: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    def add(
+        self, again: Callable[..., object], arguments: Sequence[Any], tensors: Sequence[Tensor | None]
+    ) -> None:
         """Record one kernel: how to start it again, and its arguments, some of which are among ``tensors``."""
         places = []
         for place, argument in enumerate(arguments):
@@ -71,7 +74,7 @@ class Recording:
                 places.append((place, source))
         self._launches.append(Launch(again, list(arguments), places))
 
-    def replay(self, tensors: Sequence[Tensor]) -> None:
+    def replay(self, tensors: Sequence[Tensor | None]) -> None:
         """Start the kernels on other tensors, in the order of those that were recorded."""
         for launch in self._launches:
             launch(tensors)
@@ -86,10 +89,11 @@ NOWHERE: Final = object()
 """The source of a tensor that was made on the way and is not among those of the call."""
 
 Source = Any
-"""Where an argument comes from: the number of a tensor; a tuple of (source, number or other constant); or None: it is a constant."""
+"""Where an argument comes from: the number of a tensor of the call; :class:`Base`; for a tuple the source of each part; None for a
+constant."""
 
 
-def _source(argument: Any, tensors: Sequence[Tensor]) -> Source:
+def _source(argument: Any, tensors: Sequence[Tensor | None]) -> Source:
     if isinstance(argument, Tensor):
         return next((i for i, tensor in enumerate(tensors) if tensor is argument), NOWHERE)
     if isinstance(argument, tuple):
@@ -97,14 +101,20 @@ def _source(argument: Any, tensors: Sequence[Tensor]) -> Source:
         if any(part is NOWHERE for part in parts):
             return NOWHERE
         return None if all(part is None for part in parts) else parts
-    base = getattr(argument, "base", None)  # of a tensor descriptor
+    base = getattr(argument, "base", None)
     if isinstance(base, Tensor):
         found = _source(base, tensors)
-        return NOWHERE if found is NOWHERE else ("base", found)
+        return NOWHERE if found is NOWHERE else Base(found)
     return None
 
 
-@dataclasses.dataclass(slots=True)
+class Base(NamedTuple):
+    """Where the tensor of a tensor descriptor comes from."""
+
+    number: int
+
+
+@dataclass(slots=True)
 class Launch:
     """One kernel with its arguments."""
 
@@ -112,7 +122,7 @@ class Launch:
     template: list[Any]
     places: list[tuple[int, Source]]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> None:
+    def __call__(self, tensors: Sequence[Tensor | None]) -> None:
         arguments = self.template.copy()
         for place, source in self.places:
             arguments[place] = (
@@ -125,14 +135,14 @@ class Launch:
             self.template[place] = _emptied(self.template[place], source)
 
 
-def _filled(argument: Any, source: Source, tensors: Sequence[Tensor]) -> Any:
+def _filled(argument: Any, source: Source, tensors: Sequence[Tensor | None]) -> Any:
     """The argument with tensors of this call in their places."""
     if source is None:
         return argument
     if type(source) is int:
         return tensors[source]
-    if source[0] == "base":
-        return dataclasses.replace(argument, base=tensors[source[1]])
+    if type(source) is Base:
+        return _described(argument, tensors[source.number])
     return tuple(_filled(part, where, tensors) for part, where in zip(argument, source, strict=True))
 
 
@@ -141,6 +151,13 @@ def _emptied(argument: Any, source: Source) -> Any:
         return argument
     if type(source) is int:
         return None
-    if source[0] == "base":
-        return argument
+    if type(source) is Base:
+        return _described(argument, None)
     return tuple(_emptied(part, where) for part, where in zip(argument, source, strict=True))
+
+
+def _described(descriptor: Any, tensor: Tensor | None) -> Any:
+    """The descriptor of another tensor of the same shape, strides and alignment, which need not be checked again."""
+    other = copy.copy(descriptor)
+    other.base = tensor
+    return other
