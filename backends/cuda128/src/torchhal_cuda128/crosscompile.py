@@ -20,13 +20,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Final
 
+from torchhal.portable.launch import Start
 from torchhal_cuda128.crosscompile_cases import CASES, DEFAULT, compile_case
 
 OLDEST: Final = "12.8"
@@ -120,27 +121,29 @@ def compile_family(family: str, cases: Sequence[str], assembler: str) -> Iterato
     pretend(FAMILIES[family].capability)
     for case in cases:
         compiled: list[Compiled] = []
+        compile_case(
+            CASES[case], FAMILIES[family].capability // 10, _starter(family, case, assembler, compiled)
+        )
+        yield from compiled
 
-        def start(
-            kernel: Any,
-            grid: Any,
-            arguments: Any,
-            constants: Any,
-            case: str = case,
-            into: list[Compiled] = compiled,
-        ) -> None:
-            log = io.StringIO()
-            with contextlib.redirect_stdout(log):
-                found = kernel.warmup(*arguments, grid=grid, **constants)
-            if not log.getvalue():
-                return  # another case has the same kernel
+
+def _starter(family: str, case: str, assembler: str, into: list[Compiled]) -> Start:
+    """What a launcher starts kernels with: compiles them, and starts nothing."""
+
+    def start(
+        kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> Callable[..., object]:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            found = kernel.warmup(*arguments, grid=grid, **constants)
+        if log.getvalue():  # or else another case has the same kernel
             rare = constants.get("CLEAN", False)
             name = kernel.__name__ + (", exact" if rare else "")
             matrix = CASES[case].matrix and "BLOCK_N" in constants
             into.append(inspect(found, log.getvalue(), family, case, name, assembler, matrix, rare))
+        return lambda *others: None
 
-        compile_case(CASES[case], FAMILIES[family].capability // 10, start)
-        yield from compiled
+    return start
 
 
 def pretend(capability: int) -> None:
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(given.jobs) as pool:
         found = [
             one
-            for part in pool.map(lambda pair: in_child(*pair, cases), assemblers(given.all))
+            for part in pool.map(lambda pair: in_child(pair[0], pair[1], cases), assemblers(given.all))
             for one in part
         ]
     print(table(found))

@@ -134,13 +134,14 @@ def compile_case(case: Case, major: int, start: Start) -> None:
 
 
 def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    shapes: list[tuple[int, ...]]
     if case.layout == "varlen":
         shapes = [(BATCH * case.rows, HEADS, case.size), *[(BATCH * case.keys, KEY_HEADS, case.size)] * 2]
     elif case.layout == "paged":
-        pages = (BATCH * case.keys // PAGE, KEY_HEADS, PAGE, case.size)
+        pages: tuple[int, ...] = (BATCH * case.keys // PAGE, KEY_HEADS, PAGE, case.size)
         shapes = [(BATCH, HEADS, case.rows, case.size), pages, pages]
     else:
-        whole = (BATCH, KEY_HEADS, case.keys, case.size)
+        whole: tuple[int, ...] = (BATCH, KEY_HEADS, case.keys, case.size)
         shapes = [(BATCH, HEADS, case.rows, case.size), whole, whole]
     query, key, value = (torch.empty(shape, dtype=case.dtype) for shape in shapes)
     return query, key, value
