@@ -32,25 +32,30 @@ def finite(x):
 
 
 @triton.jit
-def weights_of(s, lse, factor, FOLD: tl.constexpr, NATURAL: tl.constexpr):
-    """The forward pass's weights of a tile of logits; 0 where hidden, whatever the LSE is."""
+def weights_of(s, lse, factor, FOLD: tl.constexpr, NATURAL: tl.constexpr, CLEAN: tl.constexpr):
+    """The forward pass's weights of a tile of logits; 0 where hidden and, ``CLEAN``, whatever the LSE is."""
     if FOLD:
         weights = tl.exp2(s * factor - lse)
     else:
         weights = power(s - lse, NATURAL)
-    return tl.where(s == float("-inf"), 0.0, weights)
+    if CLEAN:
+        weights = tl.where(s == float("-inf"), 0.0, weights)
+    return weights
 
 
 @triton.jit
 def score_gradient(
     products, s, weights, above, delta, n, rows, captured, scale, slope: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
     """DS of a tile, with respect to the score that the ``score_mod`` is given; 0 where hidden."""
     b, h, _i, q, _row_ok = rows
     found = weights * (above - delta)
     if slope is not None:
         found = tl.broadcast_to(slope(products * scale, b, h, q, n, found, captured), products.shape)
-    return tl.where(s == float("-inf"), 0.0, found)
+    if CLEAN:
+        found = tl.where(s == float("-inf"), 0.0, found)
+    return found
 
 
 @triton.jit
@@ -114,12 +119,12 @@ def query_walk(
         v = load_tile(value, at * v_strides[2], ev, v_strides[3], n[:, None], limit, EV, BOUNDED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = logits(products, n[None, :], limit, rows, mods, mask, scale, BOUNDED, MASKED, config)
-        weights = weights_of(s, lse, scale * LOG2E, config[4], config[11])
+        weights = weights_of(s, lse, scale * LOG2E, config[4], config[11], CLEAN)
         dp = tl.dot(above, tl.trans(v), input_precision=PRECISION)
         if config[10]:
             kept = keep(n[None, :], rows[3], rows[1], rows[0], dropout[0], dropout[1])
             dp = tl.where(kept, dp * extra, 0.0)
-        ds = score_gradient(products, s, weights, dp, delta, n[None, :], rows, mods[0], scale, slope)
+        ds = score_gradient(products, s, weights, dp, delta, n[None, :], rows, mods[0], scale, slope, CLEAN)
         if CLEAN:
             k = finite(k)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -276,14 +281,16 @@ def key_walk(
         s = logits(products, n, keys, of_rows, mods, mask, scale, BOUNDED, MASKED, config)
         if RAGGED:
             s = tl.where(row_ok[None, :], s, float("-inf"))
-        weights = weights_of(s, lse_of[None, :], scale * LOG2E, config[4], NATURAL)
+        weights = weights_of(s, lse_of[None, :], scale * LOG2E, config[4], NATURAL, CLEAN)
         dp = tl.dot(v, tl.trans(a), input_precision=PRECISION)
         kept_weights = weights
         if config[10]:
             kept = keep(n, of_rows[3], h, b, dropout[0], dropout[1])
             dp = tl.where(kept, dp * extra, 0.0)
             kept_weights = tl.where(kept, weights * extra, 0.0)
-        ds = score_gradient(products, s, weights, dp, delta_of[None, :], n, of_rows, mods[0], scale, slope)
+        ds = score_gradient(
+            products, s, weights, dp, delta_of[None, :], n, of_rows, mods[0], scale, slope, CLEAN
+        )
         if CLEAN:
             q = finite(q)
             lost = ~(tl.abs(a.to(tl.float32)) < float("inf"))
