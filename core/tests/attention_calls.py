@@ -33,6 +33,7 @@ def call(
     block_size: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     compute: Callable[..., Any] = attention,
+    features: frozenset[str] = frozenset(),
     **tensors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of the reference, or of ``compute`` in its place; ``tensors`` are fields of AttentionOperands."""
@@ -40,6 +41,7 @@ def call(
     visible = captured_mod(mask_mod, None)
     problem = AttentionProblem(
         device=query.device,
+        features=features,
         layout=layout,
         query_dtype=query.dtype,
         key_dtype=key.dtype,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchhal import portable
 from torchhal.errors import InvalidProblem
 from torchhal.operands import AttentionOperands
-from torchhal.portable import attention, launch
+from torchhal.portable import arguments, attention
 from torchhal.portable.tiles import PLAIN, Tiles, padded
 from torchhal.problems import AttentionProblem
 
@@ -121,11 +121,11 @@ def test_dropout_without_a_seed_is_refused() -> None:
 
 def test_tensor_descriptors_are_made_only_of_memory_that_they_can_describe() -> None:
     whole = torch.zeros(2, 3, 32, 16)
-    assert launch.describable(whole, whole.transpose(1, 2))
+    assert arguments.describable(whole, whole.transpose(1, 2))
     for other in (
         whole[..., 1:], whole[..., :15].contiguous(), whole.mT, whole[:1].expand(2, 3, 32, 16), whole[:, :, :0],
     ):  # fmt: skip
-        assert not launch.describable(whole, other)
+        assert not arguments.describable(whole, other)
 
 
 def test_tiles_shrink_to_the_smallest_and_then_no_further() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torchhal.portable import attention
+from torchhal.portable import attention, gradients
 from torchhal.problems import AttentionProblem, Decline, Plan
-from torchhal_cuda128 import tiles
+from torchhal_cuda128 import engines, tiles
 from torchhal_cuda128.hardware import Hardware, unsuitable
 
 
@@ -21,11 +21,15 @@ def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
     refusal = attention.decline(problem)
     if refusal is not None:
         return refusal
+    run = attention.runner(problem, tuning)
+    rule = engines.rule_for(problem, device)
     return Plan(
-        run=attention.runner(problem, tuning),
+        run=engines.with_cudnn(run, rule) if isinstance(rule, engines.Rule) else run,
         description=f"Triton, {device.architecture}, tiled prefill and split-key decode"
-        + _functions(problem),
+        + _functions(problem)
+        + (f", cuDNN from {rule.least} rows and keys on" if isinstance(rule, engines.Rule) else ""),
         deterministic=True,
+        differentiable=gradients.are_wanted(problem),
         workspace="O(B Hq L Ev)",
     )
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torchhal.operands import AttentionOperands, empty_output
-from torchhal.portable import unavailable
-from torchhal.portable.launch import Launcher, Shape, shape_of
+from torchhal.portable import gradients, unavailable
+from torchhal.portable.launch import Launcher
+from torchhal.portable.replay import MOST, Recording, kind_of, tensors_of
+from torchhal.portable.shapes import Shape, shape_of
 from torchhal.portable.tiles import PLAIN, Tiles, Tuning
 from torchhal.problems import AttentionClaims, AttentionProblem, Decline
 
@@ -30,6 +34,7 @@ CLAIMS: Final = AttentionClaims(
     mask_mod=True,
     captured_tensors=True,
     dropout=True,
+    backward=True,
 )
 """What the kernels do; a backend claims of it what it has tested on its hardware."""
 
@@ -56,6 +61,8 @@ def decline(problem: AttentionProblem) -> Decline | None:
         return Decline("head_size", "values without elements are not served")
     if problem.layout == "varlen" and problem.block_size is not None:
         return Decline("varlen_block_mask", "a BlockMask over packed sequences is not served")
+    if problem.layout == "paged" and problem.block_size is not None and gradients.are_wanted(problem):
+        return Decline("paged_block_mask_gradient", "gradients through a BlockMask over pages are not served")
     return None
 
 
@@ -66,8 +73,40 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
         problem: what :func:`decline` lets pass.
         tuning: what depends on the hardware.
     """
+    if gradients.are_wanted(problem):
+        return gradients.differentiable(passes(problem, tuning), problem)
+    return forward(problem, tuning)
+
+
+def forward(problem: AttentionProblem, tuning: Tuning) -> Run:
+    """:func:`runner` on tensors whose gradients nobody wants."""
     known = {False: tuning.prefill(problem), True: tuning.decode(problem)}
     launcher = Launcher(problem, tuning.precision)
+    recordings: dict[Any, Recording] = {}
+
+    def first(
+        kind: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float,
+        operands: AttentionOperands,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Serve a call of a kind that was not seen before, and record it."""
+        shape = shape_of(problem, query, key, operands)
+        decode = is_decode(shape, problem, operands)
+        parts = splits(shape, known[decode], tuning) if decode else 0
+        tensors = (query, key, value, attn_mask, scale, operands, out, lse)
+        recording = None if kind is None else Recording()
+        known[decode] = fitting(launcher, known[decode], shape, parts, *tensors, recording)
+        if recording is not None and recording.usable:
+            recording.release()
+            if len(recordings) >= MOST:
+                recordings.clear()
+            recordings[kind] = recording
 
     def run(
         query: Tensor,
@@ -77,28 +116,18 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
         scale: float,
         operands: AttentionOperands | None,
     ) -> Any:
-        given = operands or _NOTHING
         out = empty_output(query, value)
         lse = query.new_empty(query.shape[:-1] if problem.return_lse else (0,), dtype=torch.float32)
         if query.numel():
-            shape = shape_of(problem, query, key, given)
-            decode = is_decode(shape, problem, given)
-            parts = splits(shape, known[decode], tuning) if decode else 0
+            kind = kind_of(query, key, value, attn_mask, scale, operands)
             with on_device(query):
-                known[decode] = fitting(
-                    launcher,
-                    known[decode],
-                    shape,
-                    parts,
-                    query,
-                    key,
-                    value,
-                    attn_mask,
-                    scale,
-                    given,
-                    out,
-                    lse,
-                )
+                found = recordings.get(kind)
+                if found is None:
+                    first(kind, query, key, value, attn_mask, scale, operands or _NOTHING, out, lse)
+                else:
+                    parts = query.new_empty(found.workspace, dtype=torch.float32) if found.workspace else None
+                    others = () if operands is None else tensors_of(operands)
+                    found.replay((query, key, value, out, lse, parts, *others))
         return (out, lse) if problem.return_lse else out
 
     return run
@@ -107,7 +136,62 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN) -> Run:
 _NOTHING: Final = AttentionOperands()
 
 
-def fitting(launcher: Launcher, tiles: Tiles, *arguments: Any) -> Tiles:
+def passes(problem: AttentionProblem, tuning: Tuning) -> gradients.Passes:
+    """Both directions of a problem."""
+    attend = forward(replace(problem, return_lse=True), tuning)
+    launcher = gradients.GradientLauncher(problem, tuning.precision)
+    known = [tuning.query_gradient(problem), tuning.key_gradient(problem)]
+
+    def backward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float,
+        operands: AttentionOperands,
+        out: Tensor,
+        lse: Tensor,
+        above: Tensor,
+        lse_above: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pages, lengths = (key, value), None
+        if problem.layout == "paged":
+            assert operands.page_table is not None and operands.seq_lens is not None
+            lengths = operands.seq_lens.contiguous()
+            key, value = (gradients.out_of_pages(tensor, operands.page_table) for tensor in pages)
+        kind = torch.float32 if problem.layout == "paged" else None
+        found = (
+            torch.empty_like(query),
+            torch.empty_like(key, dtype=kind),
+            torch.empty_like(value, dtype=kind),
+        )
+        with on_device(query):
+            delta = launcher.sum_rows(out, above, lse, lse_above)
+            shape = (
+                gradients.dense_shape(query, key)
+                if lengths is not None
+                else shape_of(problem, query, key, operands)
+            )
+            given = gradients.Arguments(
+                query, key, value, attn_mask, scale, operands, above, lse, delta, shape, lengths
+            )
+            if query.numel():
+                known[0] = fitting(launcher.query_gradient, known[0], given, found[0])
+            if found[1].numel() or found[2].numel():
+                known[1] = fitting(launcher.key_gradients, known[1], given, *found[1:])
+        if lengths is not None:
+            assert operands.page_table is not None
+            key, value = (
+                gradients.into_pages(x, like, operands.page_table)
+                for x, like in zip(found[1:], pages, strict=True)
+            )
+            return found[0], key, value
+        return found
+
+    return gradients.Passes(attend, backward)
+
+
+def fitting(launcher: Callable[..., None], tiles: Tiles, *arguments: Any) -> Tiles:
     """Launch with these tiles or, where the device has too little memory for them, with the largest that fit.
 
     How much a kernel needs is known once its user's functions are compiled into it; so the tiles are tried.
@@ -135,13 +219,14 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's device the current one, on which Triton launches."""
     if tensor.device.type == "cpu":
         return _NOWHERE
-    module = torch.get_device_module(tensor.device)
+    module = _module_of(tensor.device.type)
     if module.current_device() == tensor.device.index:
         return _NOWHERE
     return module.device(tensor.device)  # type: ignore[no-any-return]
 
 
 _NOWHERE: Final = nullcontext()
+_module_of = functools.cache(torch.get_device_module)
 
 
 def is_decode(shape: Shape, problem: AttentionProblem, operands: AttentionOperands) -> bool:

@@ -250,7 +250,7 @@ def attention_kernel(
 
     if EXACT:
         strange = row_ok & (ev < EV) & ~(tl.abs(acc) < float("inf"))
-        if tl.max(tl.max(strange.to(tl.int32), 1), 0) == 0:
+        if tl.max(strange.to(tl.int32)) == 0:
             store(acc, results, rows_out, row_ok, ev, total, extra, EV, SPLIT)
         else:
             for column in tl.range(0, EV_PAD, CHUNK, num_stages=1):

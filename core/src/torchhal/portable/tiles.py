@@ -40,20 +40,6 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What depends on the hardware."""
-
-    prefill: Callable[[AttentionProblem], Tiles]
-    """For rows that fill a tile."""
-    decode: Callable[[AttentionProblem], Tiles]
-    """For a few rows over many keys."""
-    programs: int = 16
-    """How many programs of the decode kernel keep the device busy; keys are split until there are so many."""
-    precision: str = "ieee"
-    """How float32 products are computed: ``ieee``, or ``tf32x3`` where that is as accurate and faster."""
-
-
 def padded(size: int) -> int:
     """The power of two that a head size is padded to, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
@@ -63,6 +49,24 @@ def plain(problem: AttentionProblem) -> Tiles:
     """Tiles small enough for any device and head size."""
     widest = padded(max(problem.head_size, problem.value_head_size))
     return Tiles(rows=16, keys=32 if widest <= 128 else 16, warps=4, stages=1)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What depends on the hardware."""
+
+    prefill: Callable[[AttentionProblem], Tiles]
+    """For rows that fill a tile."""
+    decode: Callable[[AttentionProblem], Tiles]
+    """For a few rows over many keys."""
+    query_gradient: Callable[[AttentionProblem], Tiles] = plain
+    """For a tile of rows whose gradients are added up over keys."""
+    key_gradient: Callable[[AttentionProblem], Tiles] = plain
+    """For a tile of keys whose gradients, and those of values, are added up over rows."""
+    programs: int = 16
+    """How many programs of the decode kernel keep the device busy; keys are split until there are so many."""
+    precision: str = "ieee"
+    """How float32 products are computed: ``ieee``, or ``tf32x3`` where that is as accurate and faster."""
 
 
 PLAIN = Tuning(prefill=plain, decode=plain)

@@ -94,7 +94,7 @@ def _listed(counts: Tensor, indices: Tensor, problem: AttentionProblem, piece: P
     if counts.shape[0] > 1:
         batch = slice(piece.first_batch, piece.first_batch + piece.query.shape[0])
         counts, indices = counts[batch], indices[batch]
-    table = _block_table(counts, indices, -(-piece.key.shape[2] // columns))
+    table = block_table(counts, indices, -(-piece.key.shape[2] // columns))
     query, key = grid.q.flatten(), grid.k.flatten()
     listed = table[:, :, query.clamp(min=0) // rows][..., key // columns]
     return listed & (grid.q >= 0)
@@ -112,7 +112,7 @@ def _check_cover(indices: Tensor, rows: int, piece: Piece) -> None:
         raise InvalidProblem(f"the BlockMask must be for {expected}; it is for {masks} and {heads}")
 
 
-def _block_table(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+def block_table(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Boolean (Bm, Hm, query blocks, columns); entries past the count or past the keys mean nothing."""
     order = torch.arange(indices.shape[-1], device=indices.device)
     used = (order < counts.unsqueeze(-1)) & (indices >= 0) & (indices < columns)
