@@ -12,7 +12,7 @@ from torchhal import scope
 from torchhal._caches import fast_cache
 from torchhal._foreach_capture import Function, function, name_of, out_of_place
 from torchhal._foreach_checks import Entry, arrange, check_layouts, check_shapes, slots_of_nothing
-from torchhal._foreach_fast import plainly_disjoint, signature
+from torchhal._foreach_fast import glance, learns, one_length, plainly_disjoint, signature, written_lists
 from torchhal._foreach_groups import Group, captured_by, graph_at, grouped
 from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_plainly
 from torchhal.errors import CaptureError, InvalidProblem
@@ -31,6 +31,9 @@ class Common(NamedTuple):
 _plans: dict[tuple[object, ...], Selected] = fast_cache()
 
 _common: dict[tuple[object, ...], Common] = fast_cache()
+
+_direct: dict[tuple[object, ...], Common] = fast_cache()
+"""Plans that look at the tensors themselves, by what a glance at a call tells."""
 
 Lists = tuple[Sequence[Tensor], ...]
 
@@ -92,9 +95,45 @@ def serve(
     if not callable(fn):
         raise InvalidProblem(f"foreach_map expects a function first and got {type(fn).__name__}")
     call = function(twin or fn, kwargs)
+    seen = _glance_key(call, operands, out, policy)
+    direct = None if seen is None else _direct.get(seen)
+    if direct is not None:
+        result = _run_direct(direct, operands, out)
+        if result is not None:
+            return result
     key = _common_key(call, operands, out, policy)
     common = None if key is None else _common.get(key)
-    return _run(call, operands, out, policy, key) if common is None else _run_common(common, operands, out)
+    if common is not None:
+        return _run_common(common, operands, out)
+    return _run(call, operands, out, policy, key, seen)
+
+
+def _glance_key(
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy
+) -> tuple[object, ...] | None:
+    """What a plan that looks at tensors itself depends on, None for a call that none can serve."""
+    if call.key is None or call.tensors:
+        return None
+    seen = glance(operands, out)
+    return None if seen is None else (call.key, seen, policy, scope.current.state)
+
+
+def _run_direct(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
+    """The result, None where the plan needs the call to be looked at."""
+    selected, structure = common
+    assert selected.plan is not None and selected.plan.direct is not None
+    lists = written_lists(out)
+    if lists is None or not one_length(operands, lists) or learns(operands, lists):
+        return None
+    try:
+        results = selected.plan.direct(operands, lists or None)
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
+    if results is None:
+        return None
+    selected.record()
+    return out if out is not None else results if structure == "tuple" else results[0]
 
 
 def _common_key(
@@ -125,9 +164,12 @@ def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
 
 
 def _run(
-    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None
-) -> Any:
-    """Serve any call; remembers it under ``key`` if it turns out to be of the common kind."""
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None,
+    seen: tuple[object, ...] | None,
+) -> Any:  # fmt: skip
+    """Serve any call; remembers it under ``key`` if it turns out to be of the common kind, and under ``seen`` a plan
+    that looks at tensors itself.
+    """
     entries, length = arrange(operands)
     if length == 0:
         return _empty(call, entries, out)
@@ -144,13 +186,31 @@ def _run(
         values = _dispatch(*part)
         if len(groups) == 1:
             results = values
-            if key is not None and len(group.kept) == len(operands) and not group.captures[0].tensors:
-                _common[key] = Common(part.selected, structure)
+            if len(group.kept) == len(operands) and not group.captures[0].tensors:
+                _keep(part.selected, structure, group, equal, key, seen)
             break
         _scatter(values, group.positions, results)
     if out is not None:
         return out
     return results if structure == "tuple" else results[0]
+
+
+def _keep(
+    selected: Selected, structure: str, group: Group, equal: bool, key: tuple[object, ...] | None,
+    seen: tuple[object, ...] | None,
+) -> None:  # fmt: skip
+    """Remember how a call of one group, all of whose operands its graphs take, was served."""
+    common = Common(selected, structure)
+    if key is not None:
+        _common[key] = common
+    plain = (
+        equal and len(group.captures) == 1 and selected.plan is not None and selected.plan.direct is not None
+    )
+    if seen is not None and plain and not _LEARNING & selected.route.problem.features:
+        _direct[seen] = common
+
+
+_LEARNING: Final = frozenset(("backward", "captured_gradient"))
 
 
 class _Prepared(NamedTuple):

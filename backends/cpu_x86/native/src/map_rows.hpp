@@ -16,7 +16,7 @@ struct MapRows {
 
   static void take(void* context, const Frame& frame, int64_t first, int64_t rows) {
     const auto& self = *static_cast<MapRows*>(context);
-    for (size_t i = 0; i < self.out.size(); ++i) self.store(self.m.program.results[i], self.out[i], frame, first, rows);
+    for (size_t i = 0; i < self.out.size(); ++i) self.store(self.m.program->results[i], self.out[i], frame, first, rows);
   }
 
  private:
@@ -63,26 +63,28 @@ struct MapRows {
 inline void map_rows(const MapPlan& m, MapRows& rows, int64_t count, char* memory) {
   Frame frame;
   frame.rows = count, frame.factor = 1.0f, frame.captured = m.map.captured, frame.memory = memory;
-  for (int64_t i = 0; i < m.map.inputs; ++i) frame.in[i] = {rows.in[i], kLanes};
+  for (int64_t i = 0; i < m.inputs; ++i) frame.in[i] = {rows.in[i], kLanes};
   frame.sink = MapRows::take, frame.sink_context = &rows;
   frame.out = nullptr;
-  run_program(m.program, frame);
+  if (!m.compiled) return run_program(*m.program, frame);
+  run_phase(*m.program, m.program->once, frame, 1, 0);
+  m.compiled->run(rows.in, rows.out.data(), memory, count);
 }
 
 // Elements [first, first + count) of one position.
 inline void run_map(const MapPlan& m, int64_t position, int64_t first, int64_t count, char* scratch) {
   thread_local std::vector<char*> out;
-  out.resize(static_cast<size_t>(m.map.outputs));
+  out.resize(static_cast<size_t>(m.outputs));
   MapRows rows{m, {}, out};
   const auto point = [&](int64_t at) {
-    for (int64_t i = 0; i < m.map.inputs; ++i)
+    for (int64_t i = 0; i < m.inputs; ++i)
       rows.in[i] = static_cast<const char*>(m.input(i, position)) +
-                   (m.map.shared[i] ? 0 : at * thal::storage_of(m.program.inputs[static_cast<size_t>(i)]));
-    for (int64_t i = 0; i < m.map.outputs; ++i)
+                   (m.shared[i] ? 0 : at * thal::storage_of(m.program->inputs[static_cast<size_t>(i)]));
+    for (int64_t i = 0; i < m.outputs; ++i)
       out[static_cast<size_t>(i)] = static_cast<char*>(m.output(i, position)) +
-                                    at * thal::storage_of(m.program.results[static_cast<size_t>(i)].type);
+                                    at * thal::storage_of(m.program->results[static_cast<size_t>(i)].type);
   };
-  const int64_t whole = count / kLanes, most = thal::kRowsMost;
+  const int64_t whole = count / kLanes, most = m.compiled ? whole : thal::kRowsMost;
   for (int64_t row = 0; row < whole; row += most) {
     point(first + row * kLanes);
     map_rows(m, rows, whole - row < most ? whole - row : most, scratch);
@@ -97,18 +99,18 @@ inline void run_map(const MapPlan& m, int64_t position, int64_t first, int64_t c
     tail += kLanes * 8;
     return here;
   };
-  for (int64_t i = 0; i < m.map.inputs; ++i) {
-    if (m.map.shared[i]) continue;
-    const int64_t size = thal::storage_of(m.program.inputs[static_cast<size_t>(i)]);
+  for (int64_t i = 0; i < m.inputs; ++i) {
+    if (m.shared[i]) continue;
+    const int64_t size = thal::storage_of(m.program->inputs[static_cast<size_t>(i)]);
     char* here = take();
     for (int64_t k = 0; k < kLanes; ++k)
       std::memcpy(here + k * size, static_cast<const char*>(rows.in[i]) + (k < rest ? k : 0) * size, static_cast<size_t>(size));
     rows.in[i] = here;
   }
-  for (int64_t i = 0; i < m.map.outputs; ++i) out[static_cast<size_t>(i)] = take();
+  for (int64_t i = 0; i < m.outputs; ++i) out[static_cast<size_t>(i)] = take();
   map_rows(m, rows, 1, scratch);
-  for (int64_t i = 0; i < m.map.outputs; ++i) {
-    const int64_t size = thal::storage_of(m.program.results[static_cast<size_t>(i)].type);
+  for (int64_t i = 0; i < m.outputs; ++i) {
+    const int64_t size = thal::storage_of(m.program->results[static_cast<size_t>(i)].type);
     std::memcpy(static_cast<char*>(m.output(i, position)) + (first + whole * kLanes) * size, out[static_cast<size_t>(i)],
                 static_cast<size_t>(rest * size));
   }

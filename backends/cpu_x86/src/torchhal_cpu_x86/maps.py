@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -17,24 +19,38 @@ MOST_INPUTS: Final = 64
 """As ``native/src/program.hpp`` has it."""
 
 
+LIST, SHARED, NUMBER, NUMBERS = range(4)
+"""``thal_kind`` of torchhal_cpu_x86.h: how an operand is given."""
+NEW: Final = -1
+GIVEN: Final = -2
+"""Where the operator writes an output: to new tensors, or to a list that comes after the operands."""
+
+
 class Column(NamedTuple):
     """One operand: a tensor for each position, or one 0-dim tensor for all of them."""
 
     items: Sequence[Tensor]
-    shared: bool = False
+    kind: int = LIST
+    """``LIST``, ``SHARED`` (one tensor or number) or ``NUMBERS``: a number for each position, as 0-dim tensors."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one element for all positions."""
+        return self.kind == SHARED
 
     def at(self, positions: Sequence[int]) -> Column:
         """The column at some positions."""
-        return self if self.shared else Column([self.items[position] for position in positions])
+        return self if self.shared else self._replace(items=[self.items[position] for position in positions])
 
 
 def is_readable(column: Column) -> bool:
     """Whether a column's tensors are what their memory says: no subclass's, and not to be negated on reading."""
-    plain = set(map(type, column.items)) <= _PLAIN
+    plain = set(map(type, column.items)) <= PLAIN
     return plain and not any([t.is_neg() for t in column.items])  # noqa: C419 (a list is quicker)
 
 
-_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+"""Types of tensors that are what their memory says."""
 
 
 def run(
@@ -52,7 +68,7 @@ def run(
         out: for each output a list of destinations of the right shapes, of any strides and element type.
     """
     columns = _flattened(columns)
-    like = next(column.items for column in columns if not column.shared)
+    like = next(column.items for column in columns if column.kind == LIST)
     dtypes = [graph.nodes[node].dtype for node in graph.outputs]
     if out is None:
         results = [_new(like, dtype) for dtype in dtypes]
@@ -69,19 +85,19 @@ def run(
 
 def shapes_agree(columns: Sequence[Column]) -> bool:
     """Whether the tensors at each position have one shape."""
-    first, *others = [column.items for column in columns if not column.shared]
+    first, *others = [column.items for column in columns if column.kind == LIST]
     shapes = [tensor.shape for tensor in first]
     return all([tensor.shape for tensor in items] == shapes for items in others)
 
 
 def _flattened(columns: Sequence[Column]) -> Sequence[Column]:
     """Columns whose tensors at each position have one shape and one order in memory, and no gaps."""
-    lists = [column.items for column in columns if not column.shared]
+    lists = [column.items for column in columns if column.kind == LIST]
     if shapes_agree(columns) and all([t.is_contiguous() for items in lists for t in items]):  # noqa: C419 (a list is quicker)
         return columns
     positions = [_aligned(tensors) for tensors in zip(*lists, strict=True)]
     rest = iter([list(items) for items in zip(*positions, strict=True)])
-    return [column if column.shared else Column(next(rest)) for column in columns]
+    return [Column(next(rest)) if column.kind == LIST else column for column in columns]
 
 
 def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -122,26 +138,65 @@ def _writable(items: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtyp
 # ---------------------------------------------------------------------------- the native call
 
 
+class _Program(ctypes.Structure):
+    """``thal_map_program`` of torchhal_cpu_x86.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", ctypes.c_int32),
+        ("words", ctypes.c_void_p),
+        ("word_count", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("output_types", ctypes.c_void_p),
+        ("kinds", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+    )
+
+
+class Prepared:
+    """A function that the library has decoded and, where it can, compiled.
+
+    Args:
+        graph: the function.
+        kinds: how each of its inputs is given.
+        targets: where the operator ``foreach`` writes each output: ``NEW``, ``GIVEN`` or the number of an input.
+    """
+
+    def __init__(self, graph: Graph, kinds: Sequence[int], targets: Sequence[int]) -> None:
+        words = array("q", programs.encode(graph))
+        types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
+        how, where = array("i", kinds), array("i", targets)
+        description = _Program(
+            ctypes.sizeof(_Program), 0, _address(words), len(words), len(kinds), len(types),
+            _address(types), _address(how), _address(where),
+        )  # fmt: skip
+        library = native.load()
+        self.number = library.prepare_map(description)
+        weakref.finalize(self, library.free_map, self.number).atexit = False
+
+
+@functools.lru_cache(maxsize=1024)
+def prepared(graph: Graph, kinds: tuple[int, ...], targets: tuple[int, ...]) -> Prepared:
+    """The prepared function, once for all calls of it."""
+    return Prepared(graph, kinds, targets)
+
+
 class _Map(ctypes.Structure):
     """``thal_map`` of torchhal_cpu_x86.h."""
 
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
         ("isa", ctypes.c_int32),
-        ("words", ctypes.c_void_p),
-        ("word_count", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
+        ("program", ctypes.c_int64),
         ("positions", ctypes.c_int64),
-        ("output_types", ctypes.c_void_p),
-        ("shared", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
         ("data", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("captured", ctypes.c_void_p),
         ("captured_count", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("flags", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
         ("parallel_user", ctypes.c_void_p),
     )
@@ -151,9 +206,7 @@ def _call(
     graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
 ) -> None:
     length = len(results[0])
-    words = array("q", programs.encode(graph))
-    types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
-    shared = array("B", [column.shared for column in columns])
+    program = prepared(graph, tuple([column.kind for column in columns]), (NEW,) * len(results))
     counts = array("q", [tensor.numel() for tensor in results[0]])
     data = array("Q")
     for column in columns:
@@ -164,8 +217,7 @@ def _call(
     )
     library = native.load()
     call = _Map(
-        ctypes.sizeof(_Map), 0, _address(words), len(words), len(columns), len(results), length,
-        _address(types), _address(shared), _address(counts), _address(data), _address(out),
+        ctypes.sizeof(_Map), 0, program.number, length, _address(counts), _address(data), _address(out),
         ctypes.addressof(tensors), len(captured), torch.get_num_threads(), 0, library.parallel, None,
     )  # fmt: skip
     library.map(call)
