@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def learns(operands: Sequence[Any], lists: Sequence[Sequence[Any]]) -> bool:
     for items in (*operands, *lists):
         if (type(items) is list or type(items) is tuple) and isinstance(items[0], Tensor):
             tensors += items
-    return any(map(attrgetter("requires_grad"), tensors))
+    return any([getattr(t, "requires_grad", False) for t in tensors])  # noqa: C419 (a list is quicker)
 
 
 def signature(operands: Sequence[Any], grad: bool) -> tuple[object, ...] | None:

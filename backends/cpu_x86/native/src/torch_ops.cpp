@@ -187,9 +187,10 @@ bool refuse_gradients() {
   return true;
 }
 
-// torch would compute such tensors first, and hand over what is not the memory that is to be written.
+// Of tensors that are no plain memory of the CPU. Some of them torch would compute first, and hand over what is not the
+// memory that is to be written.
 int register_declining() {
-  for (const char* key : {"Negative", "Conjugate", "ZeroTensor"}) {
+  for (const char* key : {"Negative", "Conjugate", "ZeroTensor", "CompositeExplicitAutograd"}) {
     thal::Library kernels = nullptr;  // kept for the life of the process
     const int32_t code = torch.new_impl("torchhal_cpu_x86", key, __FILE__, __LINE__, &kernels);
     if (code) return code;
