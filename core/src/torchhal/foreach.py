@@ -74,11 +74,12 @@ def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = No
 
 
 class Policy(NamedTuple):
-    """How a call's backend is chosen; the arguments of :func:`torchhal.selection.select`."""
+    """How a call's backend is chosen, the arguments of :func:`torchhal.selection.select`; and what becomes of results."""
 
     backend: str | None = None
     strict: bool | None = None
     or_torch: bool = False
+    reduction: str | None = None
 
 
 LEFT_TO_TORCH: Final = object()
@@ -233,7 +234,9 @@ def _prepare(group: Group, entries: Sequence[Entry], lists: Lists | None, policy
     key = _key(group, operands, captured, out, policy)
     selected = _plans.get(key)
     if selected is None:
-        problem = build_problem(group, _learns(operands, out), _any_grad(captured), out is not None)
+        problem = build_problem(
+            group, _learns(operands, out), _any_grad(captured), out is not None, policy.reduction
+        )
         selected = _plans[key] = select(
             problem, policy.backend, strict=policy.strict, or_torch=policy.or_torch
         )
@@ -333,7 +336,9 @@ def _scatter(
 # ---------------------------------------------------------------------------- the problem
 
 
-def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bool) -> ForeachProblem:
+def build_problem(
+    group: Group, learns: bool, captured_learn: bool, in_place: bool, reduction: str | None = None
+) -> ForeachProblem:
     """The Problem of a group.
 
     Args:
@@ -341,6 +346,7 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
         learns: whether gradients are to reach operands.
         captured_learn: whether gradients are to reach captured tensors.
         in_place: whether results are written to given tensors.
+        reduction: what the elements of each result are reduced to.
     """
     graphs = tuple(captured.graph for captured in group.captures)
     asked = {
@@ -351,11 +357,13 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
         "captured_tensors": bool(group.captures[0].tensors),
         "backward": learns,
         "captured_gradient": captured_learn,
+        "reduction": reduction is not None,
     }
     features = frozenset(name for name, wanted in asked.items() if wanted)
     return ForeachProblem(
-        device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place
-    )
+        device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place,
+        reduction=reduction,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- destinations

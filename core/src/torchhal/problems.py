@@ -163,6 +163,8 @@ class ForeachProblem(Problem):
     operands: tuple[str, ...] = ()
     """How each operand is passed: ``list`` of tensors, ``scalars`` (a list of numbers) or ``scalar``."""
     in_place: bool = False
+    reduction: str | None = None
+    """``sum``, ``max`` or ``any`` of the elements of each result, which is a 0-dim tensor then; None to keep them."""
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:

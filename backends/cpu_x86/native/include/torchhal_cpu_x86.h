@@ -214,10 +214,15 @@ THAL_API int thal_program_run(const int64_t* words, int64_t count, int32_t isa, 
 typedef enum { THAL_LIST = 0, THAL_SHARED = 1, THAL_NUMBER = 2, THAL_NUMBERS = 3 } thal_kind;
 /* Where the operator writes an output: to new tensors, to a list that comes after the inputs, or over an input. */
 enum { THAL_NEW = -1, THAL_GIVEN = -2 };
+/* What becomes of the elements of an output at each position: they are written, or their sum, their largest, or whether
+ * any is not 0. Sums are of doubles, in an order that does not depend on the number of threads; the largest of elements
+ * among which one is no number is that. A reduced output is one double (int64 for integers and truth values, and for
+ * THAL_ANY) at each position; of nothing it is 0, the smallest number there is, or 0. */
+enum { THAL_KEEP = 0, THAL_SUM = 1, THAL_MAX = 2, THAL_ANY = 3 };
 
 typedef struct thal_map_program {
   uint32_t struct_size; /* sizeof(thal_map_program) */
-  int32_t reserved;
+  int32_t reduction;    /* THAL_KEEP or another, for all outputs */
   const int64_t* words;
   int64_t word_count;
   int64_t inputs, outputs;
@@ -239,7 +244,7 @@ typedef struct thal_map {
   int64_t positions;
   const int64_t* counts;   /* elements of each position */
   const void* const* data; /* (inputs, positions), contiguous; what is not a list has its one element at each position */
-  void* const* out;        /* (outputs, positions), contiguous */
+  void* const* out;        /* (outputs, positions), contiguous, or 8 bytes each */
   const thal_captured* captured;
   int64_t captured_count;
   int32_t num_threads;

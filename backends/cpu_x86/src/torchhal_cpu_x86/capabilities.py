@@ -47,5 +47,6 @@ CAPABILITIES: Final = Capabilities(
         captured_tensors=True,
         backward=True,
         captured_gradient=True,
+        reduction=True,
     ),
 )

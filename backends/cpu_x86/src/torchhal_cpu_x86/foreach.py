@@ -11,7 +11,7 @@ from torch import Tensor
 from torchhal import Decline, Plan
 from torchhal.pointwise import Graph
 from torchhal.problems import ForeachProblem
-from torchhal.reference.foreach import NUMBER_DTYPES, depends_on, output_shape
+from torchhal.reference.foreach import NUMBER_DTYPES, depends_on, output_shape, reduce
 from torchhal.reference.foreach import foreach_map as reference
 from torchhal_cpu_x86 import hardware, map_gradients, maps, native
 from torchhal_cpu_x86.gradients import is_transformed
@@ -30,7 +30,7 @@ def plan(problem: ForeachProblem) -> Plan | Decline:
         return Decline("too_many_operands", f"functions of up to {maps.MOST_INPUTS} operands are served")
     learns = not _LEARNING.isdisjoint(problem.features)
     return Plan(
-        run=_mapping(problem, _learn if learns else maps.run),
+        run=_mapping(problem, _native(problem, learns)),
         description=f"native, {native.load().get_isa(torch.float32)}, one pass over all lists",
         differentiable=True,
         workspace="copies of what is not contiguous or has a shape of its own",
@@ -40,6 +40,23 @@ def plan(problem: ForeachProblem) -> Plan | Decline:
 
 _LEARNING: Final = frozenset({"backward", "captured_gradient"})
 """Features of a problem that ask for gradients."""
+
+
+def _native(problem: ForeachProblem, learns: bool) -> Callable[..., Results]:
+    """What serves one graph, whose outputs have the shape of all operands; the arguments of :func:`maps.run`."""
+    reduction = problem.reduction
+    if reduction is None:
+        return _learn if learns else maps.run
+
+    def reduced(
+        graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], out: Lists | None = None
+    ) -> Results:
+        if not learns:
+            return maps.reduce(graph, columns, captured, reduction)
+        results = map_gradients.run(graph, columns, captured)
+        return tuple([[reduce(value, reduction) for value in items] for items in results])
+
+    return reduced
 
 
 def _learn(
@@ -85,7 +102,8 @@ def _direct(problem: ForeachProblem) -> Callable[..., Results | None] | None:
         kinds, targets, tensors, numbers = gathered
         found = ready.get((kinds, targets))
         if found is None:
-            program = maps.prepared(graph, kinds, targets or (maps.NEW,) * len(graph.outputs))
+            places = targets or (maps.NEW,) * len(graph.outputs)
+            program = maps.prepared(graph, kinds, places, problem.reduction)
             found = ready[kinds, targets] = program, len(graph.outputs)
         program, outputs = found
         with torch._C._AutoDispatchBelowAutograd():
@@ -96,6 +114,8 @@ def _direct(problem: ForeachProblem) -> Callable[..., Results | None] | None:
             if not native.load().notes_writes:
                 torch.autograd.graph.increment_version([t for items in out for t in items])
             return out  # type: ignore[return-value]
+        if problem.reduction is not None:
+            return maps.settled(graph, made, problem.reduction)
         length = len(made) // outputs
         return tuple(made[start : start + length] for start in range(0, len(made), length))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchhal.pointwise import Graph
+from torchhal.reference.foreach import reduced_dtype, smallest
 from torchhal_cpu_x86 import native, programs
 
 MOST_INPUTS: Final = 64
@@ -24,6 +25,10 @@ LIST, SHARED, NUMBER, NUMBERS = range(4)
 NEW: Final = -1
 GIVEN: Final = -2
 """Where the operator writes an output: to new tensors, or to a list that comes after the operands."""
+
+
+REDUCTIONS: Final = {None: 0, "sum": 1, "max": 2, "any": 3}
+"""As torchhal_cpu_x86.h numbers them."""
 
 
 class Column(NamedTuple):
@@ -72,15 +77,52 @@ def run(
     dtypes = [graph.nodes[node].dtype for node in graph.outputs]
     if out is None:
         results = [_new(like, dtype) for dtype in dtypes]
-        _call(graph, columns, captured, results)
+        _fill(graph, columns, captured, results)
         return tuple(results)
     written = [_writable(items, like, dtype) for items, dtype in zip(out, dtypes, strict=True)]
-    _call(graph, columns, captured, written)
+    _fill(graph, columns, captured, written)
+    torch.autograd.graph.increment_version([t for items in written for t in items])
     for items, values in zip(out, written, strict=True):
         for destination, value in zip(items, values, strict=True):
             if destination is not value:
                 destination.copy_(value)
     return tuple(list(items) for items in out)
+
+
+def reduce(
+    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], reduction: str
+) -> tuple[list[Tensor], ...]:
+    """What the elements of each result come to, at every position a 0-dim tensor; arguments as for :func:`run`."""
+    columns = _flattened(columns)
+    counts = [t.numel() for t in next(column.items for column in columns if column.kind == LIST)]
+    whole = [reduction == "any" or not graph.nodes[node].dtype.is_floating_point for node in graph.outputs]
+    results = [torch.empty(len(counts), dtype=torch.int64 if w else torch.float64) for w in whole]
+    out = array("Q", [t.data_ptr() + 8 * position for t in results for position in range(len(counts))])
+    _call(graph, columns, captured, counts, out, reduction)
+    return settled(graph, results, reduction)
+
+
+def _fill(
+    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
+) -> None:
+    out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
+    _call(graph, columns, captured, [tensor.numel() for tensor in results[0]], out)
+
+
+def settled(graph: Graph, reduced: Sequence[Tensor], reduction: str) -> tuple[list[Tensor], ...]:
+    """The library's float64 and int64 results, in one tensor for each output, as the specification has them."""
+    dtypes = [reduced_dtype(graph.nodes[node].dtype, reduction) for node in graph.outputs]
+    return tuple(
+        [
+            list((_clamped(t, dtype) if reduction == "max" else t).to(dtype).unbind())
+            for t, dtype in zip(reduced, dtypes, strict=True)
+        ]
+    )
+
+
+def _clamped(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest of no integers is the smallest of int64, which other types do not hold."""
+    return largest if dtype.is_floating_point else largest.clamp_min(int(smallest(dtype)))
 
 
 def shapes_agree(columns: Sequence[Column]) -> bool:
@@ -143,7 +185,7 @@ class _Program(ctypes.Structure):
 
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
-        ("reserved", ctypes.c_int32),
+        ("reduction", ctypes.c_int32),
         ("words", ctypes.c_void_p),
         ("word_count", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
@@ -161,14 +203,17 @@ class Prepared:
         graph: the function.
         kinds: how each of its inputs is given.
         targets: where the operator ``foreach`` writes each output: ``NEW``, ``GIVEN`` or the number of an input.
+        reduction: what becomes of results, one of ``REDUCTIONS``.
     """
 
-    def __init__(self, graph: Graph, kinds: Sequence[int], targets: Sequence[int]) -> None:
+    def __init__(
+        self, graph: Graph, kinds: Sequence[int], targets: Sequence[int], reduction: str | None = None
+    ) -> None:
         words = array("q", programs.encode(graph))
         types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
         how, where = array("i", kinds), array("i", targets)
         description = _Program(
-            ctypes.sizeof(_Program), 0, _address(words), len(words), len(kinds), len(types),
+            ctypes.sizeof(_Program), REDUCTIONS[reduction], _address(words), len(words), len(kinds), len(types),
             _address(types), _address(how), _address(where),
         )  # fmt: skip
         library = native.load()
@@ -177,9 +222,11 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=1024)
-def prepared(graph: Graph, kinds: tuple[int, ...], targets: tuple[int, ...]) -> Prepared:
+def prepared(
+    graph: Graph, kinds: tuple[int, ...], targets: tuple[int, ...], reduction: str | None = None
+) -> Prepared:
     """The prepared function, once for all calls of it."""
-    return Prepared(graph, kinds, targets)
+    return Prepared(graph, kinds, targets, reduction)
 
 
 class _Map(ctypes.Structure):
@@ -203,21 +250,24 @@ class _Map(ctypes.Structure):
 
 
 def _call(
-    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
+    graph: Graph,
+    columns: Sequence[Column],
+    captured: Sequence[Tensor],
+    counts: Sequence[int],
+    out: array[int],
+    reduction: str | None = None,
 ) -> None:
-    length = len(results[0])
-    program = prepared(graph, tuple([column.kind for column in columns]), (NEW,) * len(results))
-    counts = array("q", [tensor.numel() for tensor in results[0]])
-    data = array("Q")
+    kinds = tuple([column.kind for column in columns])
+    program = prepared(graph, kinds, (NEW,) * len(graph.outputs), reduction)
+    sizes, data = array("q", counts), array("Q")
     for column in columns:
-        data.extend([t.data_ptr() for t in column.items] * (length if column.shared else 1))
-    out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
+        data.extend([t.data_ptr() for t in column.items] * (len(counts) if column.shared else 1))
     tensors = (programs.Captured * len(captured))(
         *[programs.Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
     )
     library = native.load()
     call = _Map(
-        ctypes.sizeof(_Map), 0, program.number, length, _address(counts), _address(data), _address(out),
+        ctypes.sizeof(_Map), 0, program.number, len(counts), _address(sizes), _address(data), _address(out),
         ctypes.addressof(tensors), len(captured), torch.get_num_threads(), 0, library.parallel, None,
     )  # fmt: skip
     library.map(call)
