@@ -114,7 +114,7 @@ def settled(graph: Graph, reduced: Sequence[Tensor], reduction: str) -> tuple[li
     dtypes = [reduced_dtype(graph.nodes[node].dtype, reduction) for node in graph.outputs]
     return tuple(
         [
-            list((_clamped(t, dtype) if reduction == "max" else t).to(dtype).unbind())
+            list(torch.unbind_copy((_clamped(t, dtype) if reduction == "max" else t).to(dtype)))
             for t, dtype in zip(reduced, dtypes, strict=True)
         ]
     )
