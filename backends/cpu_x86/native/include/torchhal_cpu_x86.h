@@ -235,8 +235,6 @@ typedef struct thal_map_program {
 THAL_API int thal_map_program_new(const thal_map_program* description, int64_t* id);
 THAL_API void thal_map_program_free(int64_t id);
 
-enum { THAL_INTERPRET = 1 };
-
 typedef struct thal_map {
   uint32_t struct_size; /* sizeof(thal_map) */
   int32_t isa;
@@ -248,7 +246,7 @@ typedef struct thal_map {
   const thal_captured* captured;
   int64_t captured_count;
   int32_t num_threads;
-  int32_t flags;          /* THAL_INTERPRET: no compiled code; for tests */
+  int32_t reserved;
   thal_parallel parallel; /* may be null when num_threads == 1 */
   void* parallel_user;
 } thal_map;

@@ -103,6 +103,12 @@ class Assembler {
     byte(0x8c);
     word(static_cast<int32_t>(static_cast<int64_t>(target) - static_cast<int64_t>(bytes.size()) - 4));
   }
+  // Fetches the line at p into all caches.
+  void prefetch(Place p) {
+    byte(0x40 | (p.index >= 0 ? p.index >> 3 & 1 : 0) << 1 | (p.base >> 3 & 1));
+    byte(0x0f), byte(0x18);
+    operand(1, p);
+  }
   void finish() {
     byte(0xc5), byte(0xf8), byte(0x77);  // vzeroupper
   }

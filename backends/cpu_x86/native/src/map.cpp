@@ -113,7 +113,7 @@ int lay_out_map(const thal_map& map, const MapProgram& program, MapPlan& m) {
   m.map = map, m.program = &program.program, m.shared = program.shared.data();
   m.isa = find_isa(map.isa == THAL_ISA_AUTO ? thal_get_isa(THAL_F32) : map.isa);
   if (!m.isa) return THAL_BAD_ISA;
-  m.compiled = program.compiled && m.isa->lanes == kLanes && !(map.flags & THAL_INTERPRET) ? &program.compiled : nullptr;
+  m.compiled = program.compiled && m.isa->lanes == kLanes ? &program.compiled : nullptr;
   m.reduction = program.reduction;
   m.inputs = static_cast<int64_t>(program.shared.size()), m.outputs = static_cast<int64_t>(program.targets.size());
   Scratch layout;

@@ -1,7 +1,7 @@
 // The dispatcher operator torchhal_cpu_x86::foreach: a prepared function over lists of tensors that are plain memory, of one
 // shape at each position, with nothing but the results written and no memory shared with them.
 //
-// Whether they are so is seen here, at 0.1 us a tensor where Python needs 1; where they are not, nothing is written, and
+// Whether they are so is seen here, in a tenth of the time that Python takes; where they are not, nothing is written, and
 // the caller, who gets False, looks closer.
 #include <algorithm>
 #include <cstring>
@@ -51,6 +51,12 @@ class Foreach : TorchCall {
   }
 
  private:
+  static int64_t threads() {
+    uint32_t count = 1;
+    torch.num_threads(&count);
+    return std::max(count, 1u);
+  }
+
   bool open() {
     size_t tensors = 0, numbers = 0;
     if (!program_) return fail("program is none that was prepared");
@@ -138,26 +144,27 @@ class Foreach : TorchCall {
     for (int64_t p = 0; p < positions_; ++p) {
       int64_t dim = 0, *sizes = nullptr;
       if (!read_plain(items[p], type, data[p]) || torch.dim(items[p], &dim) || !dim || torch.sizes(items[p], &sizes)) return false;
+      int64_t& count = counts_[static_cast<size_t>(p)];
       if (like) {
         int64_t other = 0, *wanted = nullptr;
         if (torch.dim(like[p], &other) || other != dim || torch.sizes(like[p], &wanted)) return false;
         if (!std::equal(sizes, sizes + dim, wanted)) return false;
       } else {
-        int64_t count = 1;
+        count = 1;
         for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
-        counts_[static_cast<size_t>(p)] = count;
       }
-      if (!data[p] && counts_[static_cast<size_t>(p)]) return false;
+      if (!data[p] && count) return false;
     }
     return true;
   }
 
+  // Reading is left to one thread: two take turns at torch's counts of references, and longer (1.6 ms for 4000 tensors
+  // instead of 0.85). torch calls this kernel where all tensors are dense ones on the CPU, and the declining ones elsewhere.
   static bool read_plain(Tensor tensor, Type type, void*& data) {
-    int32_t device = -1, dtype = -1, layout = -1;
+    int32_t dtype = -1;
     bool contiguous = false;
-    return !torch.device_type(tensor, &device) && device == torch.cpu() && !torch.dtype(tensor, &dtype) &&
-           dtype == dtype_of(type) && !torch.layout(tensor, &layout) && layout == torch.strided() &&
-           !torch.is_contiguous(tensor, &contiguous) && contiguous && !torch.data(tensor, &data);
+    return !torch.dtype(tensor, &dtype) && dtype == dtype_of(type) && !torch.is_contiguous(tensor, &contiguous) && contiguous &&
+           !torch.data(tensor, &data);
   }
 
   static int32_t dtype_of(Type type) {
@@ -291,12 +298,10 @@ class Foreach : TorchCall {
   }
 
   bool compute() {
-    uint32_t threads = 1;
-    if (!is_forked()) torch.num_threads(&threads);
     thal_map map = {};
     map.struct_size = sizeof(map), map.positions = positions_, map.counts = counts_.data();
     map.data = data_.data(), map.out = out_.data();
-    map.num_threads = static_cast<int32_t>(std::max(threads, 1u)), map.parallel = thal_torch_parallel;
+    map.num_threads = is_forked() ? 1 : static_cast<int32_t>(threads()), map.parallel = thal_torch_parallel;
     MapPlan plan;
     int code = lay_out_map(map, *program_, plan);
     if (!code) code = run_map_plan(plan);

@@ -48,8 +48,6 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
   X(list_item, int32_t, (List, size_t, uint64_t*), torch_list_get_item)                                               \
   X(new_list, int32_t, (size_t, List*), torch_new_list_reserve_size)                                                  \
   X(list_append, int32_t, (List, uint64_t), torch_list_push_back)                                                     \
-  X(layout, int32_t, (Tensor, int32_t*), aoti_torch_get_layout)                                                       \
-  X(strided, int32_t, (), aoti_torch_layout_strided)                                                                  \
   X(is_contiguous, int32_t, (Tensor, bool*), aoti_torch_is_contiguous)                                                \
   X(release_list, int32_t, (List), torch_delete_list)                                                                 \
   X(string_size, int32_t, (String, size_t*), torch_string_length)                                                     \

@@ -243,7 +243,7 @@ class _Map(ctypes.Structure):
         ("captured", ctypes.c_void_p),
         ("captured_count", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
-        ("flags", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("parallel", ctypes.c_void_p),
         ("parallel_user", ctypes.c_void_p),
     )
