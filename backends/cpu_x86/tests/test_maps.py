@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from native_cases import SETS, Tensor, forced
 
 import torchhal
 from torchhal.errors import InvalidProblem
-from torchhal_cpu_x86 import foreach, maps
+from torchhal_cpu_x86 import maps
 
 INF, NAN = float("inf"), float("nan")
 SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, -3e38, 0.5]
@@ -273,4 +274,23 @@ def test_an_operand_that_results_do_not_depend_on_has_no_gradient() -> None:
     assert torch.equal(grads[0], torch.full((3,), 2.0)) and grads[1] is None
 
 
-assert foreach  # the backend is there
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_torchs_foreach_optimizers_are_served_under_the_mode(make: Any) -> None:
+    found = []
+    for served in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(20)) for _ in range(3)]
+        rule = make(params, lr=0.01, foreach=True)
+        before = sum(route.count for route in torchhal.routes() if route.chosen == "cpu_x86")
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.sin(p.detach())
+            with (
+                torchhal.use("cpu_x86" if served else "reference"),
+                torchhal.enable() if served else nullcontext(),
+            ):
+                rule.step()
+        after = sum(route.count for route in torchhal.routes() if route.chosen == "cpu_x86")
+        assert (after > before) is (served and make is not torch.optim.SGD)
+        found.append(params)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(*found, strict=True))

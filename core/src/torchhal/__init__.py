@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from torchhal.block_masks import create_block_mask
     from torchhal.cache import cache_store, load_cache, save_cache
     from torchhal.foreach import foreach_map
-    from torchhal.foreach_reduce import foreach_any_nonfinite, foreach_norm, foreach_reduce
     from torchhal.installation import install
     from torchhal.inventory import backends
     from torchhal.mode import enable
     from torchhal.paged_cache import PagedKVCache
+    from torchhal.reductions import foreach_any_nonfinite, foreach_norm, foreach_reduce
 
 _WHEN_ASKED_FOR: Final = {
     "PagedKVCache": "torchhal.paged_cache",
@@ -42,10 +42,10 @@ _WHEN_ASKED_FOR: Final = {
     "create_block_mask": "torchhal.block_masks",
     "deploy": "",
     "enable": "torchhal.mode",
-    "foreach_any_nonfinite": "torchhal.foreach_reduce",
+    "foreach_any_nonfinite": "torchhal.reductions",
     "foreach_map": "torchhal.foreach",
-    "foreach_norm": "torchhal.foreach_reduce",
-    "foreach_reduce": "torchhal.foreach_reduce",
+    "foreach_norm": "torchhal.reductions",
+    "foreach_reduce": "torchhal.reductions",
     "install": "torchhal.installation",
     "load_cache": "torchhal.cache",
     "optim": "",

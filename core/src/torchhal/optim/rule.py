@@ -97,7 +97,7 @@ class Rule(torch.optim.Optimizer):
     # ------------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -129,7 +129,8 @@ class Rule(torch.optim.Optimizer):
     def _parts(self, group: Group, names: tuple[str, ...]) -> Iterator[Part]:
         params = [p for p in group["params"] if p.grad is not None]
         self._check(params)
-        states = [self.state[p] for p in params]
+        keeps = self.counts_steps or bool(names)
+        states = [self.state[p] if keeps else {} for p in params]
         found: dict[Any, Part] = {}
         for param, state in zip(params, states, strict=True):
             new = self._begin(param, state, names)
@@ -187,7 +188,7 @@ class Rule(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """As torch's, with a ``step`` of its own for every parameter, which torch's optimizers count up one by one."""
         found = super().state_dict()
         for number, state in found["state"].items():
