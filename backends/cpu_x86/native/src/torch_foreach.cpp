@@ -3,6 +3,8 @@
 //
 // Whether they are so is seen here, in a tenth of the time that Python takes; where they are not, nothing is written, and
 // the caller, who gets False, looks closer.
+#include <xmmintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -142,6 +144,7 @@ class Foreach : TorchCall {
   // Tensors with dimensions, of the shapes of those of `like`.
   bool read_list(const Tensor* items, const Tensor* like, Type type, void** data) {
     for (int64_t p = 0; p < positions_; ++p) {
+      expect(items, p);
       int64_t dim = 0, *sizes = nullptr;
       if (!read_plain(items[p], type, data[p]) || torch.dim(items[p], &dim) || !dim || torch.sizes(items[p], &sizes)) return false;
       int64_t& count = counts_[static_cast<size_t>(p)];
@@ -156,6 +159,19 @@ class Foreach : TorchCall {
       if (!data[p] && count) return false;
     }
     return true;
+  }
+
+  // Fetches what torch will read of tensors that come soon, which in a training step has long left the caches: a handle
+  // points to a tensor, which begins with a pointer to what it is, where the third word points to its memory. Were that
+  // otherwise, lines that nobody needs would be fetched, and nothing else would happen.
+  void expect(const Tensor* items, int64_t p) const {
+    constexpr int64_t kSoon = 8;
+    const auto first_word = [](const void* memory) { return *static_cast<const char* const*>(memory); };
+    if (p + 2 * kSoon < positions_) {
+      const char* tensor = first_word(items[p + 2 * kSoon]);
+      for (int line = 0; line < 3; ++line) _mm_prefetch(tensor + 64 * line, _MM_HINT_T0);
+    }
+    if (p + kSoon < positions_) _mm_prefetch(first_word(first_word(items[p + kSoon]) + 16), _MM_HINT_T0);
   }
 
   // Reading is left to one thread: two take turns at torch's counts of references, and longer (1.6 ms for 4000 tensors

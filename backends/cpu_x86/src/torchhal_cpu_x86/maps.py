@@ -114,10 +114,16 @@ def settled(graph: Graph, reduced: Sequence[Tensor], reduction: str) -> tuple[li
     dtypes = [reduced_dtype(graph.nodes[node].dtype, reduction) for node in graph.outputs]
     return tuple(
         [
-            list(torch.unbind_copy((_clamped(t, dtype) if reduction == "max" else t).to(dtype)))
+            _apart((_clamped(t, dtype) if reduction == "max" else t).to(dtype))
             for t, dtype in zip(reduced, dtypes, strict=True)
         ]
     )
+
+
+def _apart(elements: Tensor) -> list[Tensor]:
+    """The elements as 0-dim tensors, each in memory of its own."""
+    found: tuple[Tensor, ...] = torch.unbind_copy(elements)  # type: ignore[func-returns-value,assignment]
+    return list(found)
 
 
 def _clamped(largest: Tensor, dtype: torch.dtype) -> Tensor:
