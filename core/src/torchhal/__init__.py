@@ -25,7 +25,7 @@ from torchhal.scope import use
 from torchhal.selection import Route, explain, routes
 
 if TYPE_CHECKING:
-    from torchhal import deploy
+    from torchhal import deploy, optim
     from torchhal.block_masks import create_block_mask
     from torchhal.cache import cache_store, load_cache, save_cache
     from torchhal.foreach import foreach_map
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torchhal.inventory import backends
     from torchhal.mode import enable
     from torchhal.paged_cache import PagedKVCache
+    from torchhal.reductions import foreach_any_nonfinite, foreach_norm, foreach_reduce
 
 _WHEN_ASKED_FOR: Final = {
     "PagedKVCache": "torchhal.paged_cache",
@@ -41,9 +42,13 @@ _WHEN_ASKED_FOR: Final = {
     "create_block_mask": "torchhal.block_masks",
     "deploy": "",
     "enable": "torchhal.mode",
+    "foreach_any_nonfinite": "torchhal.reductions",
     "foreach_map": "torchhal.foreach",
+    "foreach_norm": "torchhal.reductions",
+    "foreach_reduce": "torchhal.reductions",
     "install": "torchhal.installation",
     "load_cache": "torchhal.cache",
+    "optim": "",
     "save_cache": "torchhal.cache",
 }
 """Names that cost a third of the time of ``import torchhal``, and the modules they come from, imported on first use."""
@@ -80,12 +85,16 @@ __all__ = [
     "enable",
     "errors",
     "explain",
+    "foreach_any_nonfinite",
     "foreach_map",
+    "foreach_norm",
+    "foreach_reduce",
     "hookimpl",
     "install",
     "load_cache",
     "matmul",
     "merge_attention",
+    "optim",
     "pack_weight",
     "paged_attention",
     "pointwise",

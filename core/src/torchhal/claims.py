@@ -101,6 +101,9 @@ class ForeachClaims:
     """Do gradients reach the operands?"""
     captured_gradient: bool = False
     """Do gradients reach captured tensors?"""
+    reduction: bool = False
+    """Are results summed, or their largest or any true one taken, at each position, whatever the number of threads in one
+    order?"""
 
 
 @dataclass(frozen=True)

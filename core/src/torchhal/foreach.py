@@ -12,7 +12,7 @@ from torchhal import scope
 from torchhal._caches import fast_cache
 from torchhal._foreach_capture import Function, function, name_of, out_of_place
 from torchhal._foreach_checks import Entry, arrange, check_layouts, check_shapes, slots_of_nothing
-from torchhal._foreach_fast import plainly_disjoint, signature
+from torchhal._foreach_fast import glance, learns, one_length, plainly_disjoint, signature, written_lists
 from torchhal._foreach_groups import Group, captured_by, graph_at, grouped
 from torchhal._foreach_out import check_aliasing, check_fit, destinations, fits_plainly
 from torchhal.errors import CaptureError, InvalidProblem
@@ -31,6 +31,9 @@ class Common(NamedTuple):
 _plans: dict[tuple[object, ...], Selected] = fast_cache()
 
 _common: dict[tuple[object, ...], Common] = fast_cache()
+
+_direct: dict[tuple[object, ...], Common] = fast_cache()
+"""Plans that look at the tensors themselves, by what a glance at a call tells."""
 
 Lists = tuple[Sequence[Tensor], ...]
 
@@ -71,11 +74,12 @@ def foreach_map(fn: Callable[..., Any], *operands: Any, backend: str | None = No
 
 
 class Policy(NamedTuple):
-    """How a call's backend is chosen; the arguments of :func:`torchhal.selection.select`."""
+    """How a call's backend is chosen, the arguments of :func:`torchhal.selection.select`; and what becomes of results."""
 
     backend: str | None = None
     strict: bool | None = None
     or_torch: bool = False
+    reduction: str | None = None
 
 
 LEFT_TO_TORCH: Final = object()
@@ -92,9 +96,45 @@ def serve(
     if not callable(fn):
         raise InvalidProblem(f"foreach_map expects a function first and got {type(fn).__name__}")
     call = function(twin or fn, kwargs)
+    seen = _glance_key(call, operands, out, policy)
+    direct = None if seen is None else _direct.get(seen)
+    if direct is not None:
+        result = _run_direct(direct, operands, out)
+        if result is not None:
+            return result
     key = _common_key(call, operands, out, policy)
     common = None if key is None else _common.get(key)
-    return _run(call, operands, out, policy, key) if common is None else _run_common(common, operands, out)
+    if common is not None:
+        return _run_common(common, operands, out)
+    return _run(call, operands, out, policy, key, seen)
+
+
+def _glance_key(
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy
+) -> tuple[object, ...] | None:
+    """What a plan that looks at tensors itself depends on, None for a call that none can serve."""
+    if call.key is None or call.tensors:
+        return None
+    seen = glance(operands, out)
+    return None if seen is None else (call.key, seen, policy, scope.current.state)
+
+
+def _run_direct(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
+    """The result, None where the plan needs the call to be looked at."""
+    selected, structure = common
+    assert selected.plan is not None and selected.plan.direct is not None
+    lists = written_lists(out)
+    if lists is None or not one_length(operands, lists) or learns(operands, lists):
+        return None
+    try:
+        results = selected.plan.direct(operands, lists or None)
+    except Exception as error:
+        blame(error, selected.route.chosen)
+        raise
+    if results is None:
+        return None
+    selected.record()
+    return out if out is not None else results if structure == "tuple" else results[0]
 
 
 def _common_key(
@@ -125,9 +165,12 @@ def _run_common(common: Common, operands: tuple[Any, ...], out: Any) -> Any:
 
 
 def _run(
-    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None
-) -> Any:
-    """Serve any call; remembers it under ``key`` if it turns out to be of the common kind."""
+    call: Function, operands: tuple[Any, ...], out: Any, policy: Policy, key: tuple[object, ...] | None,
+    seen: tuple[object, ...] | None,
+) -> Any:  # fmt: skip
+    """Serve any call; remembers it under ``key`` if it turns out to be of the common kind, and under ``seen`` a plan
+    that looks at tensors itself.
+    """
     entries, length = arrange(operands)
     if length == 0:
         return _empty(call, entries, out)
@@ -144,13 +187,31 @@ def _run(
         values = _dispatch(*part)
         if len(groups) == 1:
             results = values
-            if key is not None and len(group.kept) == len(operands) and not group.captures[0].tensors:
-                _common[key] = Common(part.selected, structure)
+            if len(group.kept) == len(operands) and not group.captures[0].tensors:
+                _keep(part.selected, structure, group, equal, key, seen)
             break
         _scatter(values, group.positions, results)
     if out is not None:
         return out
     return results if structure == "tuple" else results[0]
+
+
+def _keep(
+    selected: Selected, structure: str, group: Group, equal: bool, key: tuple[object, ...] | None,
+    seen: tuple[object, ...] | None,
+) -> None:  # fmt: skip
+    """Remember how a call of one group, all of whose operands its graphs take, was served."""
+    common = Common(selected, structure)
+    if key is not None:
+        _common[key] = common
+    plain = (
+        equal and len(group.captures) == 1 and selected.plan is not None and selected.plan.direct is not None
+    )
+    if seen is not None and plain and not _LEARNING & selected.route.problem.features:
+        _direct[seen] = common
+
+
+_LEARNING: Final = frozenset(("backward", "captured_gradient"))
 
 
 class _Prepared(NamedTuple):
@@ -173,7 +234,9 @@ def _prepare(group: Group, entries: Sequence[Entry], lists: Lists | None, policy
     key = _key(group, operands, captured, out, policy)
     selected = _plans.get(key)
     if selected is None:
-        problem = build_problem(group, _learns(operands, out), _any_grad(captured), out is not None)
+        problem = build_problem(
+            group, _learns(operands, out), _any_grad(captured), out is not None, policy.reduction
+        )
         selected = _plans[key] = select(
             problem, policy.backend, strict=policy.strict, or_torch=policy.or_torch
         )
@@ -273,7 +336,9 @@ def _scatter(
 # ---------------------------------------------------------------------------- the problem
 
 
-def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bool) -> ForeachProblem:
+def build_problem(
+    group: Group, learns: bool, captured_learn: bool, in_place: bool, reduction: str | None = None
+) -> ForeachProblem:
     """The Problem of a group.
 
     Args:
@@ -281,6 +346,7 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
         learns: whether gradients are to reach operands.
         captured_learn: whether gradients are to reach captured tensors.
         in_place: whether results are written to given tensors.
+        reduction: what the elements of each result are reduced to.
     """
     graphs = tuple(captured.graph for captured in group.captures)
     asked = {
@@ -291,11 +357,13 @@ def build_problem(group: Group, learns: bool, captured_learn: bool, in_place: bo
         "captured_tensors": bool(group.captures[0].tensors),
         "backward": learns,
         "captured_gradient": captured_learn,
+        "reduction": reduction is not None,
     }
     features = frozenset(name for name, wanted in asked.items() if wanted)
     return ForeachProblem(
-        device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place
-    )
+        device=group.device, features=features, functions=graphs, operands=group.how, in_place=in_place,
+        reduction=reduction,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- destinations

@@ -159,7 +159,8 @@ def torchhal_foreach(problem: ForeachProblem) -> Plan | Decline | None:
     ``Plan.run(operands, captured, out)``: ``operands`` one entry for each of ``problem.operands`` (a list
     of tensors, a list of numbers, or one number or 0-dim tensor), ``captured`` the function's 0-dim captured
     tensors, ``out`` None or a tuple of lists of destination tensors; returns a tuple with a list of
-    tensors for each output of the function. Tensors at the same position broadcast together.
+    tensors for each output of the function. Tensors at the same position broadcast together. With
+    ``problem.reduction`` these are 0-dim: what :func:`torchhal.reference.foreach.reduce` makes of each result.
 
     When called
         once for each distinct problem, on a plan-cache miss.

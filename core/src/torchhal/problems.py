@@ -163,6 +163,8 @@ class ForeachProblem(Problem):
     operands: tuple[str, ...] = ()
     """How each operand is passed: ``list`` of tensors, ``scalars`` (a list of numbers) or ``scalar``."""
     in_place: bool = False
+    reduction: str | None = None
+    """``sum``, ``max`` or ``any`` of the elements of each result, which is a 0-dim tensor then; None to keep them."""
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
@@ -239,6 +241,13 @@ class Plan:
     traceable: bool = False
     """``run`` may be called with fake tensors under torch.compile, where it records one operator of the
     backend's own; otherwise the core wraps it in a torchhal operator."""
+    direct: Callable[..., Any] | None = None
+    """Of foreach alone, and never needed: ``direct(operands, out)`` is ``run(operands, (), out)`` for a call of which the core
+    has looked at the first tensor of each list only. It serves lists of one length whose tensors are plain dense tensors
+    of the types of the problem's one function, on the problem's device, of at least one dimension, equal in shape at
+    each position, and destinations that share memory with nothing but the operand they are. For any other call it
+    returns None, having written nothing, and the core looks at every tensor, which takes about 1 us each. Of
+    gradients, and that all operands are of the kinds that ``problem.operands`` says, the core has made sure."""
     workspace: str = "none"
     """Extra memory beyond the outputs, as a formula in the problem's lengths, for example ``O(L)``."""
 

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define THAL_INTERFACE_VERSION 4
+#define THAL_INTERFACE_VERSION 5
 
 enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_F64 = 3, THAL_DTYPES = 4 };
 /* Of quantised keys and values: signed bytes, and float8_e4m3fn (8 bits, 4 of exponent, no infinities). */
@@ -208,17 +208,41 @@ THAL_API int thal_program_run(const int64_t* words, int64_t count, int32_t isa, 
 
 /* A function mapped over lists of tensors: at every position, element by element, outputs = function(inputs). An output
  * may be an input of the same position. */
+
+/* How an input is given: elements at each position; or one element for all, a tensor or a double; or a double at each
+ * position. */
+typedef enum { THAL_LIST = 0, THAL_SHARED = 1, THAL_NUMBER = 2, THAL_NUMBERS = 3 } thal_kind;
+/* Where the operator writes an output: to new tensors, to a list that comes after the inputs, or over an input. */
+enum { THAL_NEW = -1, THAL_GIVEN = -2 };
+/* What becomes of the elements of an output at each position: they are written, or their sum, their largest, or whether
+ * any is not 0. Sums are of doubles, in an order that does not depend on the number of threads; the largest of elements
+ * among which one is no number is that. A reduced output is one double (int64 for integers and truth values, and for
+ * THAL_ANY) at each position; of nothing it is 0, the smallest number there is, or 0. */
+enum { THAL_KEEP = 0, THAL_SUM = 1, THAL_MAX = 2, THAL_ANY = 3 };
+
+typedef struct thal_map_program {
+  uint32_t struct_size; /* sizeof(thal_map_program) */
+  int32_t reduction;    /* THAL_KEEP or another, for all outputs */
+  const int64_t* words;
+  int64_t word_count;
+  int64_t inputs, outputs;
+  const int32_t* output_types; /* of the function's results, places in torchhal.pointwise.dtypes.DTYPES */
+  const int32_t* kinds;        /* thal_kind of each input */
+  const int32_t* targets;      /* of each output THAL_NEW, THAL_GIVEN or an input; null: all new */
+} thal_map_program;
+
+/* Prepares a function; `id` names it until it is freed. */
+THAL_API int thal_map_program_new(const thal_map_program* description, int64_t* id);
+THAL_API void thal_map_program_free(int64_t id);
+
 typedef struct thal_map {
   uint32_t struct_size; /* sizeof(thal_map) */
   int32_t isa;
-  const int64_t* words;
-  int64_t word_count;
-  int64_t inputs, outputs, positions;
-  const int32_t* output_types; /* of the function's results, places in torchhal.pointwise.dtypes.DTYPES */
-  const uint8_t* shared;       /* of each input: one element for all, at its position */
-  const int64_t* counts;       /* elements of each position */
-  const void* const* data;     /* (inputs, positions), contiguous */
-  void* const* out;            /* (outputs, positions), contiguous */
+  int64_t program;         /* of thal_map_program_new */
+  int64_t positions;
+  const int64_t* counts;   /* elements of each position */
+  const void* const* data; /* (inputs, positions), contiguous; what is not a list has its one element at each position */
+  void* const* out;        /* (outputs, positions), contiguous, or 8 bytes each */
   const thal_captured* captured;
   int64_t captured_count;
   int32_t num_threads;

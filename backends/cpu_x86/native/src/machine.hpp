@@ -36,20 +36,6 @@ class Step : Arithmetic {
     settle();
   }
 
- private:
-  void constant() {
-    by_width(in_.type, [&](auto t) {
-      using T = decltype(t);
-      T x;
-      if constexpr (std::is_floating_point_v<T>) {
-        x = static_cast<T>(bits_as<double>(in_.attribute));
-      } else {
-        x = static_cast<T>(in_.attribute);
-      }
-      fill(result<T>(), kLanes, x);
-    });
-  }
-
   // f with a function that reads element `i` of memory that holds elements of `t`, as they are kept here.
   template <class F>
   static void by_type(Type t, const void* data, F f) {
@@ -82,6 +68,20 @@ class Step : Arithmetic {
       default:
         return as_int(uint8_t());
     }
+  }
+
+ private:
+  void constant() {
+    by_width(in_.type, [&](auto t) {
+      using T = decltype(t);
+      T x;
+      if constexpr (std::is_floating_point_v<T>) {
+        x = static_cast<T>(bits_as<double>(in_.attribute));
+      } else {
+        x = static_cast<T>(in_.attribute);
+      }
+      fill(result<T>(), kLanes, x);
+    });
   }
 
   void load_input(const Program&) {

@@ -107,6 +107,7 @@ struct Item {
 struct GradientPlan;
 struct GradientItem;
 struct MapPlan;
+union Partial;
 
 struct Isa {
   int lanes;
@@ -120,6 +121,7 @@ struct Isa {
   void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
+  void (*reduce_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch, Partial* partials);
 };
 
 extern const Isa kAvx2;

@@ -31,7 +31,7 @@ constexpr const char* kSymbolNames[] = {
 #undef THAL_NAME
 };
 constexpr int32_t kSymbols = sizeof(kSymbolNames) / sizeof(kSymbolNames[0]);
-constexpr int32_t kOptional = 2;  // the last ones
+constexpr int32_t kOptional = 3;  // the last ones
 
 // torch 2.10.0, in the encoding of torch/headeronly/version.h: the release whose calling convention is used here.
 constexpr uint64_t kBuiltFor = 2ull << 56 | 10ull << 48;
@@ -166,6 +166,7 @@ const Operator kOperators[] = {
      "attention_backward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale,"
      " str gradient, Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
      thal::attention_backward_kernel},
+    {"foreach", "foreach(Tensor(a!)[] tensors, float[] numbers, int program) -> (Tensor[], bool)", thal::foreach_kernel},
 };
 
 // The one whose derivatives the Python side registers.
@@ -186,6 +187,18 @@ bool refuse_gradients() {
   return true;
 }
 
+// Of tensors that are no plain memory of the CPU. Some of them torch would compute first, and hand over what is not the
+// memory that is to be written.
+int register_declining() {
+  for (const char* key : {"Negative", "Conjugate", "ZeroTensor", "CompositeExplicitAutograd"}) {
+    thal::Library kernels = nullptr;  // kept for the life of the process
+    const int32_t code = torch.new_impl("torchhal_cpu_x86", key, __FILE__, __LINE__, &kernels);
+    if (code) return code;
+    if (const int32_t refused = torch.implement(kernels, "foreach", thal::foreach_declined, kBuiltFor)) return refused;
+  }
+  return 0;
+}
+
 int register_operators(char* message, int32_t size) {
   thal::Library definitions = nullptr, kernels = nullptr;  // kept for the life of the process, as the operators are
   int32_t code = torch.new_fragment("torchhal_cpu_x86", __FILE__, __LINE__, &definitions);
@@ -198,7 +211,9 @@ int register_operators(char* message, int32_t size) {
       return THAL_BAD_STRUCT;
     }
   }
-  return THAL_OK;
+  if (!register_declining()) return THAL_OK;
+  std::snprintf(message, static_cast<size_t>(size), "torch refused the operator foreach");
+  return THAL_BAD_STRUCT;
 }
 
 }  // namespace

@@ -46,6 +46,9 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
   X(float8_e4m3fn, int32_t, (), aoti_torch_dtype_float8_e4m3fn)                                                       \
   X(list_size, int32_t, (List, size_t*), torch_list_size)                                                             \
   X(list_item, int32_t, (List, size_t, uint64_t*), torch_list_get_item)                                               \
+  X(new_list, int32_t, (size_t, List*), torch_new_list_reserve_size)                                                  \
+  X(list_append, int32_t, (List, uint64_t), torch_list_push_back)                                                     \
+  X(is_contiguous, int32_t, (Tensor, bool*), aoti_torch_is_contiguous)                                                \
   X(release_list, int32_t, (List), torch_delete_list)                                                                 \
   X(string_size, int32_t, (String, size_t*), torch_string_length)                                                     \
   X(string_text, int32_t, (String, const char**), torch_string_c_str)                                                 \
@@ -53,11 +56,13 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* ctx);
 
 // torch::autograd::autogradNotImplementedFallback() and torch::Library::_impl, as GCC and Clang name them: the kernel
 // with which torch's own operators refuse gradients and forward derivatives has no place in the stable shim. Both only
-// pass a CppFunction on, whose layout is never looked at. They may be missing.
+// pass a CppFunction on, whose layout is never looked at. And torch::autograd::impl::bump_version(at::Tensor const&), which
+// says that a tensor was written to. They may be missing.
 #define THAL_OPTIONAL_TORCH_SYMBOLS(X)                                                                                \
   X(refuse_gradients, void*, (void* function), _ZN5torch8autograd30autogradNotImplementedFallbackEv)                  \
   X(implement_function, void*, (Library, const char*, void* function, int32_t),                                       \
-    _ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE)
+    _ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE)                                            \
+  X(bump_version, void, (Tensor), _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE)
 
 struct TorchShim {
 #define THAL_FIELD(field, result, arguments, symbol) result(*field) arguments;
@@ -76,5 +81,8 @@ bool is_forked();
 void flex_attention_kernel(uint64_t* stack, uint64_t, uint64_t);
 void differentiable_attention_kernel(uint64_t* stack, uint64_t, uint64_t);
 void attention_backward_kernel(uint64_t* stack, uint64_t, uint64_t);
+// That of foreach, and what serves it for tensors that are not plain memory.
+void foreach_kernel(uint64_t* stack, uint64_t, uint64_t);
+void foreach_declined(uint64_t* stack, uint64_t, uint64_t);
 
 }  // namespace thal

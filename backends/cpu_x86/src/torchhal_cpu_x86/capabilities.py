@@ -45,5 +45,8 @@ CAPABILITIES: Final = Capabilities(
         mixed_dtypes=True,
         several_outputs=True,
         captured_tensors=True,
+        backward=True,
+        captured_gradient=True,
+        reduction=True,
     ),
 )

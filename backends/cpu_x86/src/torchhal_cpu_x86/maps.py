@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -11,30 +13,49 @@ import torch
 from torch import Tensor
 
 from torchhal.pointwise import Graph
+from torchhal.reference.foreach import reduced_dtype, smallest
 from torchhal_cpu_x86 import native, programs
 
 MOST_INPUTS: Final = 64
 """As ``native/src/program.hpp`` has it."""
 
 
+LIST, SHARED, NUMBER, NUMBERS = range(4)
+"""``thal_kind`` of torchhal_cpu_x86.h: how an operand is given."""
+NEW: Final = -1
+GIVEN: Final = -2
+"""Where the operator writes an output: to new tensors, or to a list that comes after the operands."""
+
+
+REDUCTIONS: Final = {None: 0, "sum": 1, "max": 2, "any": 3}
+"""As torchhal_cpu_x86.h numbers them."""
+
+
 class Column(NamedTuple):
     """One operand: a tensor for each position, or one 0-dim tensor for all of them."""
 
     items: Sequence[Tensor]
-    shared: bool = False
+    kind: int = LIST
+    """``LIST``, ``SHARED`` (one tensor or number) or ``NUMBERS``: a number for each position, as 0-dim tensors."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one element for all positions."""
+        return self.kind == SHARED
 
     def at(self, positions: Sequence[int]) -> Column:
         """The column at some positions."""
-        return self if self.shared else Column([self.items[position] for position in positions])
+        return self if self.shared else self._replace(items=[self.items[position] for position in positions])
 
 
 def is_readable(column: Column) -> bool:
     """Whether a column's tensors are what their memory says: no subclass's, and not to be negated on reading."""
-    plain = set(map(type, column.items)) <= _PLAIN
+    plain = set(map(type, column.items)) <= PLAIN
     return plain and not any([t.is_neg() for t in column.items])  # noqa: C419 (a list is quicker)
 
 
-_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+"""Types of tensors that are what their memory says."""
 
 
 def run(
@@ -52,14 +73,15 @@ def run(
         out: for each output a list of destinations of the right shapes, of any strides and element type.
     """
     columns = _flattened(columns)
-    like = next(column.items for column in columns if not column.shared)
+    like = next(column.items for column in columns if column.kind == LIST)
     dtypes = [graph.nodes[node].dtype for node in graph.outputs]
     if out is None:
         results = [_new(like, dtype) for dtype in dtypes]
-        _call(graph, columns, captured, results)
+        _fill(graph, columns, captured, results)
         return tuple(results)
     written = [_writable(items, like, dtype) for items, dtype in zip(out, dtypes, strict=True)]
-    _call(graph, columns, captured, written)
+    _fill(graph, columns, captured, written)
+    torch.autograd.graph.increment_version([t for items in written for t in items])
     for items, values in zip(out, written, strict=True):
         for destination, value in zip(items, values, strict=True):
             if destination is not value:
@@ -67,21 +89,63 @@ def run(
     return tuple(list(items) for items in out)
 
 
+def reduce(
+    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], reduction: str
+) -> tuple[list[Tensor], ...]:
+    """What the elements of each result come to, at every position a 0-dim tensor; arguments as for :func:`run`."""
+    columns = _flattened(columns)
+    counts = [t.numel() for t in next(column.items for column in columns if column.kind == LIST)]
+    whole = [reduction == "any" or not graph.nodes[node].dtype.is_floating_point for node in graph.outputs]
+    results = [torch.empty(len(counts), dtype=torch.int64 if w else torch.float64) for w in whole]
+    out = array("Q", [t.data_ptr() + 8 * position for t in results for position in range(len(counts))])
+    _call(graph, columns, captured, counts, out, reduction)
+    return settled(graph, results, reduction)
+
+
+def _fill(
+    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
+) -> None:
+    out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
+    _call(graph, columns, captured, [tensor.numel() for tensor in results[0]], out)
+
+
+def settled(graph: Graph, reduced: Sequence[Tensor], reduction: str) -> tuple[list[Tensor], ...]:
+    """The library's float64 and int64 results, in one tensor for each output, as the specification has them."""
+    dtypes = [reduced_dtype(graph.nodes[node].dtype, reduction) for node in graph.outputs]
+    return tuple(
+        [
+            _apart((_clamped(t, dtype) if reduction == "max" else t).to(dtype))
+            for t, dtype in zip(reduced, dtypes, strict=True)
+        ]
+    )
+
+
+def _apart(elements: Tensor) -> list[Tensor]:
+    """The elements as 0-dim tensors, each in memory of its own."""
+    found: tuple[Tensor, ...] = torch.unbind_copy(elements)  # type: ignore[func-returns-value,assignment]
+    return list(found)
+
+
+def _clamped(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest of no integers is the smallest of int64, which other types do not hold."""
+    return largest if dtype.is_floating_point else largest.clamp_min(int(smallest(dtype)))
+
+
 def shapes_agree(columns: Sequence[Column]) -> bool:
     """Whether the tensors at each position have one shape."""
-    first, *others = [column.items for column in columns if not column.shared]
+    first, *others = [column.items for column in columns if column.kind == LIST]
     shapes = [tensor.shape for tensor in first]
     return all([tensor.shape for tensor in items] == shapes for items in others)
 
 
 def _flattened(columns: Sequence[Column]) -> Sequence[Column]:
     """Columns whose tensors at each position have one shape and one order in memory, and no gaps."""
-    lists = [column.items for column in columns if not column.shared]
+    lists = [column.items for column in columns if column.kind == LIST]
     if shapes_agree(columns) and all([t.is_contiguous() for items in lists for t in items]):  # noqa: C419 (a list is quicker)
         return columns
     positions = [_aligned(tensors) for tensors in zip(*lists, strict=True)]
     rest = iter([list(items) for items in zip(*positions, strict=True)])
-    return [column if column.shared else Column(next(rest)) for column in columns]
+    return [Column(next(rest)) if column.kind == LIST else column for column in columns]
 
 
 def _aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -122,19 +186,63 @@ def _writable(items: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtyp
 # ---------------------------------------------------------------------------- the native call
 
 
+class _Program(ctypes.Structure):
+    """``thal_map_program`` of torchhal_cpu_x86.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("reduction", ctypes.c_int32),
+        ("words", ctypes.c_void_p),
+        ("word_count", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("output_types", ctypes.c_void_p),
+        ("kinds", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+    )
+
+
+class Prepared:
+    """A function that the library has decoded and, where it can, compiled.
+
+    Args:
+        graph: the function.
+        kinds: how each of its inputs is given.
+        targets: where the operator ``foreach`` writes each output: ``NEW``, ``GIVEN`` or the number of an input.
+        reduction: what becomes of results, one of ``REDUCTIONS``.
+    """
+
+    def __init__(
+        self, graph: Graph, kinds: Sequence[int], targets: Sequence[int], reduction: str | None = None
+    ) -> None:
+        words = array("q", programs.encode(graph))
+        types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
+        how, where = array("i", kinds), array("i", targets)
+        description = _Program(
+            ctypes.sizeof(_Program), REDUCTIONS[reduction], _address(words), len(words), len(kinds), len(types),
+            _address(types), _address(how), _address(where),
+        )  # fmt: skip
+        library = native.load()
+        self.number = library.prepare_map(description)
+        weakref.finalize(self, library.free_map, self.number).atexit = False
+
+
+@functools.lru_cache(maxsize=1024)
+def prepared(
+    graph: Graph, kinds: tuple[int, ...], targets: tuple[int, ...], reduction: str | None = None
+) -> Prepared:
+    """The prepared function, once for all calls of it."""
+    return Prepared(graph, kinds, targets, reduction)
+
+
 class _Map(ctypes.Structure):
     """``thal_map`` of torchhal_cpu_x86.h."""
 
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
         ("isa", ctypes.c_int32),
-        ("words", ctypes.c_void_p),
-        ("word_count", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
+        ("program", ctypes.c_int64),
         ("positions", ctypes.c_int64),
-        ("output_types", ctypes.c_void_p),
-        ("shared", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
         ("data", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -148,24 +256,24 @@ class _Map(ctypes.Structure):
 
 
 def _call(
-    graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], results: Sequence[Sequence[Tensor]]
+    graph: Graph,
+    columns: Sequence[Column],
+    captured: Sequence[Tensor],
+    counts: Sequence[int],
+    out: array[int],
+    reduction: str | None = None,
 ) -> None:
-    length = len(results[0])
-    words = array("q", programs.encode(graph))
-    types = array("i", [programs.TYPES[graph.nodes[node].dtype] for node in graph.outputs])
-    shared = array("B", [column.shared for column in columns])
-    counts = array("q", [tensor.numel() for tensor in results[0]])
-    data = array("Q")
+    kinds = tuple([column.kind for column in columns])
+    program = prepared(graph, kinds, (NEW,) * len(graph.outputs), reduction)
+    sizes, data = array("q", counts), array("Q")
     for column in columns:
-        data.extend([t.data_ptr() for t in column.items] * (length if column.shared else 1))
-    out = array("Q", [tensor.data_ptr() for items in results for tensor in items])
+        data.extend([t.data_ptr() for t in column.items] * (len(counts) if column.shared else 1))
     tensors = (programs.Captured * len(captured))(
         *[programs.Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
     )
     library = native.load()
     call = _Map(
-        ctypes.sizeof(_Map), 0, _address(words), len(words), len(columns), len(results), length,
-        _address(types), _address(shared), _address(counts), _address(data), _address(out),
+        ctypes.sizeof(_Map), 0, program.number, len(counts), _address(sizes), _address(data), _address(out),
         ctypes.addressof(tensors), len(captured), torch.get_num_threads(), 0, library.parallel, None,
     )  # fmt: skip
     library.map(call)

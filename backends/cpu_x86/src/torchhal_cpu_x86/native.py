@@ -28,9 +28,10 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
 LIBRARY_VARIABLE = "TORCHHAL_CPU_X86_LIBRARY"
 
@@ -99,6 +100,8 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_double,
         [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p],
     ),
+    "thal_map_program_new": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]),
+    "thal_map_program_free": (None, [ctypes.c_int64]),
     "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
@@ -229,11 +232,30 @@ class Native:
         count = threads or torch.get_num_threads()
         return self._checked(self.library.thal_measure_bandwidth(size, 3, count, *self._threads(count)))
 
+    def prepare_map(self, description: ctypes.Structure) -> int:
+        """The number of a function that is prepared from a ``thal_map_program``; `free_map` forgets it."""
+        found = ctypes.c_int64()
+        self._check_map(
+            self.library.thal_map_program_new(ctypes.addressof(description), ctypes.addressof(found))
+        )
+        return found.value
+
+    def free_map(self, program: int) -> None:
+        """Forgets a prepared function."""
+        self.library.thal_map_program_free(program)
+
     def map(self, call: ctypes.Structure) -> None:
         """Runs a ``thal_map``, in which ``parallel`` is what `parallel` gives."""
-        code = self.library.thal_map_run(ctypes.addressof(call))
+        self._check_map(self.library.thal_map_run(ctypes.addressof(call)))
+
+    def _check_map(self, code: int) -> None:
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 foreach: {self.library.thal_error_text(code).decode()}")
+
+    @functools.cached_property
+    def notes_writes(self) -> bool:
+        """Whether the operator ``foreach`` tells autograd what it wrote to; Python has to where torch hides how."""
+        return _address(_torch_library(), BUMP_VERSION) is not None
 
     @functools.cached_property
     def parallel(self) -> int:

@@ -190,6 +190,17 @@ def _destinations() -> Iterator[Wrong]:
     )  # fmt: skip
 
 
+def _reductions() -> Iterator[Wrong]:
+    def reducing(name: str, says: tuple[str, ...], **options: Any) -> Wrong:
+        def call(backend: str, inputs: Inputs) -> object:
+            return torchhal.foreach_reduce(torch.add, *_lists(inputs), backend=backend, **options)
+
+        return Wrong(f"foreach-{name}", LISTS, call, InvalidProblem, says)
+
+    yield reducing("reduction", ("sum, max, any", "mean"), reduction="mean")
+    yield reducing("reduction_out", ("no out",), out=[])
+
+
 def foreach() -> Iterator[Wrong]:
     """Every wrong call of the family."""
-    yield from (*_arguments(), *_user_functions(), *_destinations())
+    yield from (*_arguments(), *_user_functions(), *_destinations(), *_reductions())

@@ -67,6 +67,8 @@ class Call:
     """``transposed``, ``gaps``, ``expanded`` (stride 0) or ``offset`` (misaligned): how the tensors lie in memory."""
     gradient: str = ""
     """``operands``, or ``captured`` for those and the captured tensor."""
+    reduction: str = ""
+    """``sum``, ``max`` or ``any`` of the elements of each result."""
 
     @property
     def name(self) -> str:
@@ -75,7 +77,9 @@ class Call:
         words += ["with_" + "_".join(map(_short, self.others))] if self.others else []
         words += ["_".join(self.operands), self.shapes]
         words += [
-            f"{label}_{value}" for label in ("out", "memory", "alias") if (value := getattr(self, label))
+            f"{label}_{value}"
+            for label in ("out", "memory", "alias", "reduction")
+            if (value := getattr(self, label))
         ]
         return "-".join([*words, *([f"grad_{self.gradient}"] if self.gradient else [])])
 
@@ -124,6 +128,7 @@ class Call:
             "captured_tensors": self.mapped.captures,
             "backward": bool(self.gradient),
             "captured_gradient": self.gradient == "captured",
+            "reduction": bool(self.reduction),
         }
         features = frozenset(name for name, on in wanted.items() if on)
         return Needs("foreach", features, frozenset().union(*together))
@@ -133,8 +138,9 @@ class Call:
         floating = all(d.is_floating_point for i in self.lists for d in self.list_dtypes(i))
         told = {
             "small": self.shapes == "mixed",
-            "bitwise": self.mapped.arithmetic or not floating,  # of integers every bit is decided
-            "integer": not floating or self.mapped.truths,
+            # Of integers every bit is decided, and of sums of floats that they are near.
+            "bitwise": (self.mapped.arithmetic and self.reduction != "sum") or not floating,
+            "integer": not floating or self.mapped.truths or self.reduction == "any",
         }
         return self.needs().features | {tag for tag, on in told.items() if on}
 
@@ -269,6 +275,11 @@ def _fresh(out: str, like: Sequence[Tensor]) -> list[Tensor]:
 
 def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
     function = call.mapped.over(inputs.get("held"))
+    if call.reduction:
+        operands = _operands(call, inputs)
+        return _flat(
+            call, torchhal.foreach_reduce(function, *operands, reduction=call.reduction, backend=backend)
+        )
     if not call.in_place:
         return _flat(call, torchhal.foreach_map(function, *_operands(call, inputs), backend=backend))
     # The sample's data stays as it is.
@@ -321,8 +332,25 @@ def _loop(call: Call, inputs: Inputs, wide: bool = False) -> Outputs:
         if call.function.endswith("_"):
             values[0] = values[0].clone()
         found = function(*values)
-        results.append(found if isinstance(found, tuple) else (found,))
+        found = found if isinstance(found, tuple) else (found,)
+        results.append(tuple(_reduced(call, value, wide) for value in found) if call.reduction else found)
     return tuple(at[number] for number in range(call.mapped.outputs) for at in results)
+
+
+def _reduced(call: Call, value: Tensor, wide: bool) -> Tensor:
+    """What all elements come to; sums in float32, or with ``wide`` in float64."""
+    if call.reduction == "any":
+        return (value != 0).any()
+    if call.reduction == "max":
+        return value.max() if value.numel() else value.new_tensor(_least(value.dtype))
+    if not value.dtype.is_floating_point:
+        return value.sum(dtype=torch.int64)
+    kept = wide or value.dtype is torch.float64
+    return value.sum(dtype=torch.float64 if kept else torch.float32)
+
+
+def _least(dtype: torch.dtype) -> float:
+    return -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def _plain(call: Call, inputs: Inputs) -> Outputs:

@@ -87,6 +87,23 @@ FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"function": "held_tanh", "operands": LIST, "gradient": "captured", "shapes": "few"},
     {"function": "held_pair"},
 )
+REDUCTIONS: Final[tuple[dict[str, Any], ...]] = (
+    # Of squares, so that sums are not what is left of larger numbers.
+    *({"function": "square", "operands": LIST, "shapes": s, "reduction": "sum"} for s in ("mixed", "odd", "empty", "scalars")),
+    *({"function": "chain", "shapes": shapes, "reduction": "max"} for shapes in ("mixed", "odd", "empty", "broadcast")),
+    {"function": "root", "operands": LIST, "shapes": "odd", "reduction": "max"},  # NaN, of what is negative
+    {"function": "root", "operands": LIST, "shapes": "empty", "reduction": "any"},
+    {"function": "compare", "shapes": "odd", "reduction": "any"},
+    {"function": "square", "operands": LIST, "memory": "transposed", "reduction": "sum"},
+    {"function": "sum_and_product", "shapes": "odd", "reduction": "max"},
+    {"function": "square", "operands": LIST, "gradient": "operands", "reduction": "sum"},
+    {"function": "by_held", "operands": LIST, "reduction": "max"},
+)  # fmt: skip
+INTEGER_REDUCTIONS: Final[tuple[dict[str, Any], ...]] = tuple(
+    {"function": "itself", "operands": LIST, "shapes": shapes, "reduction": reduction}
+    for reduction in ("sum", "max", "any")
+    for shapes in ("odd", "empty")
+)
 INTEGER_FEATURES: Final[tuple[dict[str, Any], ...]] = (
     {"function": "add"},
     {"function": "div"},
@@ -133,14 +150,17 @@ def _of_primitives() -> Iterator[Call]:
 def calls() -> Iterator[Call]:
     """Every call of the corpus."""
     for dtype in FLOATS:
-        for changes in FEATURES:
+        for changes in (*FEATURES, *REDUCTIONS):
             yield dataclasses.replace(Call(dtypes=(dtype,)), **changes)
     for dtype in INTEGERS:
-        for changes in INTEGER_FEATURES:
+        for changes in (*INTEGER_FEATURES, *INTEGER_REDUCTIONS):
             yield dataclasses.replace(Call(dtypes=(dtype,)), **changes)
     yield Call("not", LIST, dtypes=(torch.bool,))
     yield Call("larger", dtypes=(torch.int64,), shapes="broadcast")
     yield from _mixed()
+    several = (torch.float32, torch.bfloat16, torch.float64)
+    yield Call("square", LIST, dtypes=several, reduction="sum")
+    yield Call("square", LIST, shapes="thousand", reduction="sum")
     yield Call("chain", shapes="thousand")
     yield Call("chain", shapes="thousand", dtypes=(torch.float32, torch.bfloat16), out="first")
     yield Call(**ADAMW, shapes="thousand")

@@ -208,6 +208,17 @@ def _last_element(run: Run, problem: Any) -> Run:
     return faulty
 
 
+def _reduced(reduction: str, change: Callable[[list[Tensor]], list[Tensor]]) -> Change:
+    """A fault in one reduction alone."""
+
+    def make(run: Run, problem: Any) -> Run:
+        if problem.reduction != reduction:
+            return run
+        return lambda *given: tuple(change(list(results)) for results in run(*given))
+
+    return make
+
+
 def _promises(family: str) -> tuple[Mutant, ...]:
     def one(name: str, fault: str, check: str, change: Change) -> Mutant:
         return Mutant(f"{family}_{name}", fault, (f"{family}.{check}",), change, family)
@@ -252,6 +263,27 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "matmul",
     ),
     Mutant("matmul_no_bias", "the bias is dropped", ("matmul.numbers",), _no_bias, "matmul"),
+    Mutant(
+        "foreach_running_sum",
+        "a tensor's sum goes on from that of the one before it",
+        ("foreach.numbers",),
+        _reduced("sum", lambda sums: list(itertools.accumulate(sums))),
+        "foreach",
+    ),
+    Mutant(
+        "foreach_max_skips_nan",
+        "the largest element passes over NaN",
+        ("foreach.bitwise",),
+        _reduced("max", lambda found: [t.nan_to_num(0.0, torch.inf, -torch.inf) for t in found]),
+        "foreach",
+    ),
+    Mutant(
+        "foreach_any_of_first",
+        "whether any element is not 0 is asked of the first tensor alone",
+        ("foreach.bitwise",),
+        _reduced("any", lambda found: [found[0]] * len(found)),
+        "foreach",
+    ),
     Mutant(
         "foreach_last_of_many",
         "the last tensor of a long list is skipped",

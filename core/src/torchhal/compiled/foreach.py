@@ -19,12 +19,19 @@ from torchhal._foreach_capture import BUILTINS, out_of_place
 from torchhal._tracing import constant_while_tracing
 from torchhal.compiled.call import FAMILIES, Argument, Family, Numbers, describe, record
 from torchhal.errors import InvalidProblem
-from torchhal.foreach import foreach_map as eager
+from torchhal.foreach import Policy, serve
 from torchhal.ops import Description
+from torchhal.reference.foreach import reduced_dtype
 
 
-def foreach_map(fn: Any, operands: tuple[Any, ...], backend: str | None, keywords: dict[str, Any]) -> Any:
-    """The traced form of :func:`torchhal.foreach_map`; destinations are written after the node."""
+def foreach_map(
+    fn: Any,
+    operands: tuple[Any, ...],
+    backend: str | None,
+    keywords: dict[str, Any],
+    reduction: str | None = None,
+) -> Any:
+    """The traced form of :func:`torchhal.foreach_map` and its reductions; destinations are written after the node."""
     out = keywords.pop("out", None)
     # Of a function made while tracing, or a bound method, Dynamo has no constant to hand to _twin.
     twin = _twin(fn) if isinstance(fn, BUILTINS) else None
@@ -41,7 +48,7 @@ def foreach_map(fn: Any, operands: tuple[Any, ...], backend: str | None, keyword
     call = describe(
         family="foreach", which=[distinct.index(first) for first in firsts], backend=backend,
         operands=["each" if _is_list(o) else "all" for o in operands if _tensors(o)],
-        scoped=None if state is scope.current else state.backend,
+        scoped=None if state is scope.current else state.backend, reduction=reduction,
     )  # fmt: skip
     functions = [(_bind(fn, keywords, operands, first), _types(kinds[first])) for first in distinct]
     results = record(call, (), tensors, functions)
@@ -151,7 +158,10 @@ def _shapes(
         for position, which in enumerate(call["which"]):
             items = [_at(operand, position) for operand in operands]
             shape = torch.broadcast_shapes(*[item.shape for item in items])  # type: ignore[no-untyped-call]
-            results.append(items[0].new_empty(shape, dtype=outputs[which * count + index].dtype))
+            dtype = outputs[which * count + index].dtype
+            if call["reduction"]:
+                shape, dtype = (), reduced_dtype(dtype, call["reduction"])
+            results.append(items[0].new_empty(shape, dtype=dtype))
     return [*results, tensors[0].new_empty(0)] if counts[0] else results
 
 
@@ -164,7 +174,7 @@ def _run(
     for which, function in enumerate(functions):
         positions = [p for p, w in enumerate(call["which"]) if w == which]
         parts = [[operand[p] for p in positions] if _is_list(operand) else operand for operand in operands]
-        result = eager(function, *parts, backend=call["backend"])
+        result = serve(function, tuple(parts), None, {}, Policy(call["backend"], reduction=call["reduction"]))
         several = isinstance(result, tuple)
         found.update(zip(positions, zip(*(result if several else [result]), strict=True), strict=True))
     lists = zip(*(found[position] for position in range(len(call["which"]))), strict=True)

@@ -53,10 +53,45 @@ def foreach_map(
 
     Returns:
         A list for each output: new tensors, or the destinations. An output has the broadcast shape of the
-        operands it depends on; one that depends on none has that of all.
+        operands it depends on; one that depends on none has that of all. With ``problem.reduction`` it is reduced.
     """
     graphs = {tuple(spec.dtype for spec in graph.inputs): graph for graph in problem.functions}
     return _foreach_map(problem, graphs, operands, captured, out)
+
+
+def reduced_dtype(dtype: torch.dtype, reduction: str) -> torch.dtype:
+    """Type that elements of ``dtype`` are reduced to: of sums float32, float64 for float64, int64 for all but floats."""
+    if reduction == "any":
+        return torch.bool
+    if reduction == "max":
+        return dtype
+    if not dtype.is_floating_point:
+        return torch.int64
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def reduce(value: Tensor, reduction: str) -> Tensor:
+    """One 0-dim tensor for all elements of a result.
+
+    Args:
+        value: of any shape, without elements too.
+        reduction: ``sum``: in float64, rounded once to :func:`reduced_dtype`; 0 of nothing. ``max``: the largest, NaN if one
+            is; of nothing the smallest number of the type, -inf for floats. ``any``: whether one is not 0, as NaN is
+            not; False of nothing.
+    """
+    dtype = reduced_dtype(value.dtype, reduction)
+    if reduction == "sum":
+        return value.sum(dtype=torch.float64 if dtype.is_floating_point else dtype).to(dtype)
+    if reduction == "any":
+        return (value != 0).any()
+    return value.amax() if value.numel() else value.sum(dtype=dtype) + smallest(dtype)
+
+
+def smallest(dtype: torch.dtype) -> float | int | bool:
+    """The largest of no elements of a type."""
+    if dtype is torch.bool:
+        return False
+    return -float("inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 @cache
@@ -95,6 +130,8 @@ def _foreach_map(
             for kind, entry in zip(problem.operands, operands, strict=True)
         ]
         for index, value in enumerate(_evaluate(graphs, picked, captured, problem.device, position)):
+            if problem.reduction is not None:
+                value = reduce(value, problem.reduction)
             results[index].append(value if out is None else out[index][position].copy_(value))
     return results
 

@@ -81,6 +81,7 @@ FOREACH: Final = ForeachClaims(
     captured_tensors=True,
     backward=True,
     captured_gradient=True,
+    reduction=True,
 )
 
 CAPABILITIES: Final = Capabilities(

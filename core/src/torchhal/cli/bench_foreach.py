@@ -1,0 +1,99 @@
+"""``torchhal bench foreach``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+
+from torchhal.bench import foreach as measuring
+from torchhal.bench.timing import QUICK, Effort
+from torchhal.cli import bench
+from torchhal.cli.output import FAILED, Json, emit, out, progress, reporting_errors, table, usage
+from torchhal.errors import InvalidProblem
+from torchhal.registry import registry
+
+
+@reporting_errors
+def foreach(
+    backend: bench.Chosen = None,
+    select: Annotated[
+        str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
+    ] = None,
+    quick: bench.Quick = False,
+    threads: bench.Threads = None,
+    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also torch's compiled foreach_map: a minute to compile.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Time an AdamW step written as one function: our backends and torch's optimizers, in turns.
+
+    Shares are of what torch's copy reads and writes, measured in this run, counting each number once. A missed
+    requirement is no error: the exit code is 1 only for a backend whose step is wrong.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found, where = registry(), torch.device(device)
+    if backend is not None:
+        found.get(backend)
+    try:
+        cases = measuring.chosen(select)
+    except InvalidProblem as error:
+        usage(str(error))
+    measured = measuring.candidates(found.backends, where, backend)
+    effort = QUICK if quick else Effort()
+    results = []
+    with progress(len(cases) + 1, "bench foreach", json_output) as step:
+        step("the machine's limits")
+        gbps = measuring.moving_gbps(where)
+        for case in cases:
+            step(case.name)
+            results.append(
+                measuring.measure(case.quick() if quick else case, measured, where, effort, compiled)
+            )
+    if json_output:
+        shown = [r.to_dict(gbps) for r in results]
+        emit({**bench._context(), "quick": quick, "moving_gbps": gbps, "cases": shown})
+    else:
+        _show(results, gbps)
+    if any(row.ours and not row.passed for result in results for row in result.rows):
+        raise typer.Exit(FAILED)
+
+
+def _show(results: Sequence[measuring.Result], gbps: float) -> None:
+    console = out()
+    console.print(escape(bench._title()))
+    console.print(f"limit in this run: {gbps:.1f} GB/s read and written (torch copy of 256 MiB)")
+    numbers = ("median", "p10 .. p90", "GB/s", "of limit", "max error")
+    made = table("Foreach", "case", "candidate", *numbers, "needs", numbers=numbers)
+    for result in results:
+        for index, row in enumerate(result.rows):
+            made.add_row(result.case.name if index == 0 else "", *_cells(result, row, gbps))
+        made.add_section()
+    console.print(made)
+    bench._note_load()
+
+
+def _cells(result: measuring.Result, row: measuring.Row, gbps: float) -> list[str]:
+    name = f"[bold]{escape(row.candidate)}[/]" if row.ours else escape(row.candidate)
+    if row.timing is None:
+        return [f"{name}: {escape(row.not_run)}", *[""] * 6]
+    rate = result.case.bytes / row.timing.median / 1e9
+    rates = ["", "", ""] if result.case.first else [f"{rate:.1f}", f"{rate / gbps:.0%}", f"{row.error:.1e}"]
+    spread = f"{bench.seconds(row.timing.p10)} .. {bench.seconds(row.timing.p90)}"
+    return [name, bench.seconds(row.timing.median), spread, *rates, _needs(result, row) if row.ours else ""]
+
+
+def _needs(result: measuring.Result, row: measuring.Row) -> str:
+    shown = []
+    for needed in result.case.requirements:
+        ratio = result.ratio(row, needed)
+        if ratio is not None:
+            mark = "[green]pass[/]" if ratio >= needed.ratio else "[red]MISS[/]"
+            shown.append(f"{ratio:.2f} of {escape(str(needed))} {mark}")
+    return "\n".join(shown)
