@@ -142,7 +142,9 @@ def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
     When called
         once for each distinct problem, on a plan-cache miss.
     Must
-        accumulate in float32 or wider, round once at the store; give ``epilogue(bias)`` for K = 0.
+        accumulate in float32 or wider, round once at the store; give ``epilogue(bias)`` for K = 0; name in
+        ``Plan.unfused`` each prologue, bias, epilogue or dequantisation of the problem that is done in a pass of its own
+        over a whole operand or result: a call with ``fusion="require"`` then goes to another backend.
     May
         move factors that commute with the product between prologue and epilogue.
     Reference

@@ -45,6 +45,8 @@ class Call(NamedTuple):
     functions: Functions = NO_FUNCTIONS
     out_dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
     backend: str | None = None
+    fused: bool = False
+    """Whether a plan that leaves something unfused counts as declined."""
 
 
 def matmul(
@@ -57,6 +59,7 @@ def matmul(
     epilogue: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
     out_dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     backend: str | None = None,
+    fusion: str = "report",
 ) -> Tensor | tuple[Tensor, ...]:
     """``epilogue(a_prologue(a) @ b_prologue(b) + bias)`` in one pass, on the best backend there is.
 
@@ -77,6 +80,9 @@ def matmul(
         out_dtype: floating type of the results, or a tuple with one for each; by default floating results have
             the promoted type of ``a`` and ``b``, and others (a comparison) their own.
         backend: name of the backend to use; overrides every other choice.
+        fusion: what happens where a backend does a prologue, the bias, the epilogue or the dequantisation of ``b`` in
+            a pass of its own instead of inside the product: ``"report"`` names it in the Route, ``"require"`` counts
+            it as declined, with a code such as ``unfused_epilogue``, so that the next backend is asked.
 
     Returns:
         (..., M, N); a tuple of such tensors if ``epilogue`` returns a tuple. Accumulated in float32 or
@@ -90,14 +96,26 @@ def matmul(
     if torch.compiler.is_dynamo_compiling():
         from torchhal import compiled
 
-        return compiled.matmul(a, b, bias, a_prologue, b_prologue, epilogue, out_dtype, backend)  # type: ignore[no-any-return]
+        return compiled.matmul(a, b, bias, a_prologue, b_prologue, epilogue, out_dtype, backend, fusion)  # type: ignore[no-any-return]
+    fused = fusion != "report" and is_required(fusion)
     functions = NO_FUNCTIONS
     if a_prologue is not None or b_prologue is not None or epilogue is not None:
         fault = operand_fault(a, b, bias)
         if fault:
             raise InvalidProblem(fault)
         functions = capture_functions(element_dtype(a, b), a_prologue, b_prologue, epilogue)
-    return run(Call(a, b, bias, functions, out_dtype, backend))
+    return run(Call(a, b, bias, functions, out_dtype, backend, fused))
+
+
+def is_required(fusion: object) -> bool:
+    """Whether this ``fusion`` of :func:`matmul` refuses what is not fused.
+
+    Raises:
+        InvalidProblem: it is neither ``"report"`` nor ``"require"``.
+    """
+    if not isinstance(fusion, str) or fusion not in ("report", "require"):
+        raise InvalidProblem(f'fusion expects "report" or "require" and got {fusion!r}')
+    return fusion == "require"
 
 
 def pack_weight(
@@ -137,7 +155,7 @@ def pack_weight(
 
 def run(call: Call) -> Tensor | tuple[Tensor, ...]:
     """Serve a call whose functions are captured."""
-    a, b, bias, functions, _, _ = call
+    a, b, bias, functions, *_ = call
     rows, columns, selected = _prepare(call)
     selected.record()
     left = a.unsqueeze(0) if rows == 1 else a
@@ -195,12 +213,12 @@ def _dispatch(
 
 def choose(call: Call) -> Selected:
     """The selection for a call, from its Problem."""
-    return select(build_problem(call), call.backend)
+    return select(build_problem(call), call.backend, fused=call.fused)
 
 
 def _key(call: Call) -> tuple[object, ...]:
     """Whatever :func:`build_problem` reads of a call: equal keys give equal problems."""
-    a, b, bias, functions, out_dtype, backend = call
+    a, b, bias, functions, out_dtype, backend, fused = call
     if isinstance(b, PackedWeight):
         weight: tuple[object, ...] = (b.scheme,)
     else:
@@ -209,7 +227,7 @@ def _key(call: Call) -> tuple[object, ...]:
     captured = None if functions is NO_FUNCTIONS else tuple(_function_key(f) for f in functions)
     return (
         a.dtype, b.dtype, a.device, b.device, a.dim() > 2, a.layout, a.is_nested, a.requires_grad, weight, added, captured,
-        out_dtype, torch.is_grad_enabled(), backend, scope.current.state,
+        out_dtype, torch.is_grad_enabled(), backend, fused, scope.current.state,
     )  # fmt: skip
 
 
@@ -246,7 +264,7 @@ def build_problem(call: Call) -> MatmulProblem:
     Raises:
         InvalidProblem: the call means nothing on any backend.
     """
-    a, b, bias, functions, out_dtype, _ = call
+    a, b, bias, functions, out_dtype, *_ = call
     shape = None if bias is None else bias.shape
     fault = (
         operand_fault(a, b, bias)
@@ -271,7 +289,7 @@ def build_problem(call: Call) -> MatmulProblem:
 
 
 def _features(call: Call) -> list[str]:
-    a, b, bias, functions, _, _ = call
+    a, b, bias, functions, *_ = call
     bits = b.bits if isinstance(b, PackedWeight) else None
     captured = [t for f in functions if f is not None for t in f.tensors]
     grad = torch.is_grad_enabled()

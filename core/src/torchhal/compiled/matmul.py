@@ -11,7 +11,7 @@ from torch import Tensor
 from torchhal import scope
 from torchhal._text import dtype_from_name
 from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
-from torchhal.matmul import INDICES, Call, Functions, element_dtype, returns_tuple, run
+from torchhal.matmul import INDICES, Call, Functions, element_dtype, is_required, returns_tuple, run
 from torchhal.operands import PackedWeight
 from torchhal.ops import Description
 from torchhal.ops_families import matmul_shape, pack_tensors
@@ -29,6 +29,7 @@ def matmul(
     epilogue: Any,
     out_dtype: Any,
     backend: str | None,
+    fusion: str,
 ) -> Any:
     """The traced form of :func:`torchhal.matmul`."""
     value = torch.float64 if a.dtype is torch.float64 or b.dtype is torch.float64 else torch.float32
@@ -54,7 +55,7 @@ def matmul(
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="matmul", functions=named, packing=packing, bias=bias is not None, backend=backend, out_dtype=out_dtype,
-        scoped=None if state is scope.current else state.backend,
+        fusion=fusion, scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
     results = record(call, (), [a, *weight] if bias is None else [a, *weight, bias], functions)
     # A tuple is told from a lone result by one empty tensor at its end.
@@ -124,7 +125,7 @@ def _run(
         if given is None
         else dtype_from_name(given)
     )
-    result = run(Call(a, b, bias, captured, dtypes, call["backend"]))
+    result = run(Call(a, b, bias, captured, dtypes, call["backend"], is_required(call["fusion"])))
     if returns_tuple(captured):
         return [*result, a.new_empty(0)]
     return [result]  # type: ignore[list-item]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from torchhal.operands import MatmulOperands, PackedWeight
 from torchhal.pointwise import Graph, evaluate
 from torchhal.problems import MatmulProblem, Plan
 from torchhal.reference.packing import unpack
+
+_DEQUANTISED: Final = "the whole weight is dequantised first"
+_UNFUSED: Final = {
+    "a_prologue": "the whole of a is rewritten first",
+    "b_prologue": "the whole of b is rewritten first",
+    "bias": "it is added to the finished product",
+    "epilogue": "it is applied to the finished product",
+    "packed_int8": _DEQUANTISED,
+    "packed_int4": _DEQUANTISED,
+    "packed_gguf": _DEQUANTISED,
+}
 
 
 def plan(problem: MatmulProblem) -> Plan:
@@ -22,7 +34,8 @@ def plan(problem: MatmulProblem) -> Plan:
     ) -> tuple[Tensor, ...]:
         return matmul(problem, a, b, bias, operands)
 
-    return Plan(run, "plain torch", differentiable=True, workspace="O(M K + K N + M N)")
+    unfused = {name: why for name, why in _UNFUSED.items() if name in problem.features}
+    return Plan(run, "plain torch", differentiable=True, workspace="O(M K + K N + M N)", unfused=unfused)
 
 
 def matmul(
