@@ -19,7 +19,7 @@ from torchhal import errors, pointwise
 from torchhal.attention import attention, merge_attention, paged_attention, varlen_attention
 from torchhal.context_parallel import context_parallel
 from torchhal.hookspecs import hookimpl
-from torchhal.matmul import matmul, pack_weight
+from torchhal.matmul import gguf_weight, matmul, pack_weight
 from torchhal.problems import SPEC_VERSION, BackendInfo, Capabilities, Decline, Plan, Problem
 from torchhal.scope import use
 from torchhal.selection import Route, explain, routes
@@ -81,6 +81,7 @@ __all__ = [
     "errors",
     "explain",
     "foreach_map",
+    "gguf_weight",
     "hookimpl",
     "install",
     "load_cache",

@@ -130,10 +130,13 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
 def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
     """Can you compute this fused matrix product?
 
-    ``Plan.run(a, b, bias, operands)`` with a (..., M, K), b (..., K, N) or a
-    :class:`torchhal.operands.PackedWeight` of logical shape (K, N), bias (N,) or None, and
-    ``operands`` (:class:`torchhal.operands.MatmulOperands`) with the captured tensors of each function; returns
-    a tuple with one tensor (..., M, N) for each output of the epilogue, in ``problem.out_dtypes``.
+    ``Plan.run(a, b, bias, operands)`` with a (..., M, K), b (..., K, N) or a packed weight of logical shape (K, N),
+    bias (N,) or None, and ``operands`` (:class:`torchhal.operands.MatmulOperands`) with the captured tensors of each
+    function; returns a tuple with one tensor (..., M, N) for each output of the epilogue, in ``problem.out_dtypes``.
+
+    Of a packed weight ``problem.packing`` is the scheme: a :class:`torchhal.operands.PackedWeight` (the features
+    ``packed_int8`` and ``packed_int4``) or a :class:`torchhal.operands.GGUFWeight` (``packed_gguf``). Its elements are those
+    that their docstrings say, in float32 (float64 for float64), never rounded to the weight's own type.
 
     Functions take ``(value)`` or ``(value, batch, row, col)``, int32 indices counted in the operand they
     apply to (``a``: row m, col k; ``b``: row k, col n; epilogue: row m, col n). Prologues see the element

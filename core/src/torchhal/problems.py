@@ -145,7 +145,7 @@ class MatmulProblem(Problem):
     b_prologue: Graph | None = None
     epilogue: Graph | None = None
     packing: str | None = None
-    """Scheme of a packed weight, for example ``int8`` or ``int4:group=32:asymmetric``; None for a plain tensor."""
+    """Scheme of a packed weight, for example ``int4:group=32:asymmetric`` or ``gguf:q4_1``; None for a plain tensor."""
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:

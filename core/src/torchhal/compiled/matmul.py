@@ -12,9 +12,9 @@ from torchhal import scope
 from torchhal._text import dtype_from_name
 from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
 from torchhal.matmul import INDICES, Call, Functions, element_dtype, is_required, returns_tuple, run
-from torchhal.operands import PackedWeight
+from torchhal.operands import Packed
 from torchhal.ops import Description
-from torchhal.ops_families import matmul_shape, pack_tensors
+from torchhal.ops_families import matmul_shape, pack_tensors, unpack_tensors
 from torchhal.pointwise import capture
 
 _NAMES = ("a_prologue", "b_prologue", "epilogue")
@@ -22,7 +22,7 @@ _NAMES = ("a_prologue", "b_prologue", "epilogue")
 
 def matmul(
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     bias: Tensor | None,
     a_prologue: Any,
     b_prologue: Any,
@@ -40,18 +40,7 @@ def matmul(
             count = _parameters(function)
             functions.append((function, arguments[:count]))
             named[name] = count
-    packing, weight = None, []
-    if isinstance(b, Tensor):
-        weight = [b]
-    else:
-        weight = [b.data, b.scale] if b.zero is None else [b.data, b.scale, b.zero]
-        packing = {
-            "bits": b.bits,
-            "group": b.group,
-            "shape": b.shape,
-            "zero": b.zero is not None,
-            "dtype": b.dtype,
-        }
+    weight, packing = unpack_tensors(b)
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="matmul", functions=named, packing=packing, bias=bias is not None, backend=backend, out_dtype=out_dtype,
@@ -70,9 +59,7 @@ def _parameters(function: Any) -> int:
     return code.co_argcount - len(function.__defaults__ or ())  # type: ignore[no-any-return]
 
 
-def _operands(
-    call: Description, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | PackedWeight, Tensor | None]:
+def _operands(call: Description, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | Packed, Tensor | None]:
     rest = iter(tensors)
     return next(rest), pack_tensors(rest, call["packing"]), next(rest) if call["bias"] else None
 
@@ -99,7 +86,7 @@ def _shapes(
     return [*results, a.new_empty(0)] if several else results
 
 
-def _matrix(operand: Tensor | PackedWeight, position: int) -> Tensor | PackedWeight:
+def _matrix(operand: Tensor | Packed, position: int) -> Tensor | Packed:
     return operand.unsqueeze(position) if isinstance(operand, Tensor) and operand.dim() == 1 else operand
 
 

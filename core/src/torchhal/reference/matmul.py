@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torchhal.operands import MatmulOperands, PackedWeight
+from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise import Graph, evaluate
 from torchhal.problems import MatmulProblem, Plan
 from torchhal.reference.packing import unpack
@@ -30,7 +30,7 @@ def plan(problem: MatmulProblem) -> Plan:
     """The reference serves every matmul problem."""
 
     def run(
-        a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+        a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
     ) -> tuple[Tensor, ...]:
         return matmul(problem, a, b, bias, operands)
 
@@ -41,7 +41,7 @@ def plan(problem: MatmulProblem) -> Plan:
 def matmul(
     problem: MatmulProblem,
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     bias: Tensor | None,
     operands: MatmulOperands | None,
 ) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ def matmul(
     operands = operands or MatmulOperands()
     compute = compute_dtype(problem)
     with _no_autocast(a.device.type):
-        right = unpack(b, compute) if isinstance(b, PackedWeight) else b.to(compute)
+        right = unpack(b, compute) if isinstance(b, Packed) else b.to(compute)
         batch = _broadcast(a.shape[:-2], right.shape[:-2])
         left = _apply(problem.a_prologue, a.to(compute), batch, operands.a_captured)[0].to(compute)
         right = _apply(problem.b_prologue, right, batch, operands.b_captured)[0].to(compute)
