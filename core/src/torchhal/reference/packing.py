@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,21 @@ def unpack(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     if packed.zero is not None:
         q = q - _per_row(packed, packed.zero)
     return (q * _per_row(packed, packed.scale)).to(wanted)
+
+
+def unpack_columns(packed: Packed, columns: Tensor) -> Tensor:
+    """The columns (K, n) of the weight that are named by ``columns``, (n,) whole numbers; nothing else is dequantised.
+
+    Raises:
+        IndexError: there is no such column.
+    """
+    if isinstance(packed, GGUFWeight):
+        return unpack(replace(packed, data=packed.data.index_select(0, columns)))
+    data, scale, zero = (
+        None if t is None else t.index_select(1, columns) for t in (packed.data, packed.scale, packed.zero)
+    )
+    shape = (packed.shape[0], columns.shape[0])
+    return unpack(replace(packed, data=data, scale=scale, zero=zero, shape=shape))
 
 
 def _validate(weight: Tensor, bits: int, group: int | None) -> None:

@@ -1,0 +1,55 @@
+"""The gated MLP of today's language models, ``down(act(gate(x)) * up(x))``, in three products and no other pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchhal.matmul import capture_functions
+from torchhal.nn.linear import FusedLinear
+
+
+class FusedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``: the activation is the epilogue of the first product, the product with it
+    that of the second.
+
+    The activation is captured once, when the module is made. The three layers are children under the names they had, so
+    that the keys of a ``state_dict`` stay.
+
+    Args:
+        gate: (K to I).
+        up: (K to I).
+        down: (I to any).
+        activation: pointwise; see :mod:`torchhal.pointwise`.
+        names: what the three are called in the module.
+
+    Raises:
+        CaptureError: the activation is not pointwise.
+    """
+
+    def __init__(
+        self,
+        gate: FusedLinear,
+        up: FusedLinear,
+        down: FusedLinear,
+        activation: Callable[..., Any],
+        names: tuple[str, str, str] = ("gate", "up", "down"),
+    ) -> None:
+        super().__init__()
+        self._roles = names
+        for name, layer in zip(names, (gate, up, down), strict=True):
+            self.add_module(name, layer)
+        self.activation = activation
+        self._captured = capture_functions(torch.float32, None, None, activation).epilogue
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N), row by row."""
+        gate, up, down = (self._modules[name] for name in self._roles)
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        gated = gate.product(rows, self.activation, self._captured)  # type: ignore[union-attr]
+        hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])  # type: ignore[union-attr]
+        out: Tensor = down.product(hidden)  # type: ignore[union-attr]
+        return out.reshape(*x.shape[:-1], out.shape[-1])
