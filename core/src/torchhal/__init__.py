@@ -25,7 +25,7 @@ from torchhal.scope import use
 from torchhal.selection import Route, explain, routes
 
 if TYPE_CHECKING:
-    from torchhal import deploy
+    from torchhal import deploy, nn
     from torchhal.block_masks import create_block_mask
     from torchhal.cache import cache_store, load_cache, save_cache
     from torchhal.foreach import foreach_map
@@ -44,6 +44,7 @@ _WHEN_ASKED_FOR: Final = {
     "foreach_map": "torchhal.foreach",
     "install": "torchhal.installation",
     "load_cache": "torchhal.cache",
+    "nn": "",
     "save_cache": "torchhal.cache",
 }
 """Names that cost a third of the time of ``import torchhal``, and the modules they come from, imported on first use."""
@@ -87,6 +88,7 @@ __all__ = [
     "load_cache",
     "matmul",
     "merge_attention",
+    "nn",
     "pack_weight",
     "paged_attention",
     "pointwise",

@@ -26,7 +26,7 @@ class PackedEmbedding(nn.Module):
         """Whole numbers of any shape (...) to (..., embedding_dim), of the floating type of the packed weight.
 
         Raises:
-            IndexError: an id is outside the table.
+            RuntimeError: an id is outside the table.
         """
         rows = unpack_columns(self.packed.weight, ids.flatten()).t()
         return rows.reshape(*ids.shape, self.embedding_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ class FusedMLP(nn.Module):
     that the keys of a ``state_dict`` stay.
 
     Args:
-        gate: (K to I).
-        up: (K to I).
-        down: (I to any).
+        layers: the three layers by name, in the order that parameters are to have.
+        gate: the name of the one (K to I) that the activation follows.
+        up: the name of the other one (K to I).
+        down: the name of the last one (I to any).
         activation: pointwise; see :mod:`torchhal.pointwise`.
-        names: what the three are called in the module.
 
     Raises:
         CaptureError: the activation is not pointwise.
@@ -32,15 +32,16 @@ class FusedMLP(nn.Module):
 
     def __init__(
         self,
-        gate: FusedLinear,
-        up: FusedLinear,
-        down: FusedLinear,
+        layers: Mapping[str, FusedLinear],
+        *,
+        gate: str,
+        up: str,
+        down: str,
         activation: Callable[..., Any],
-        names: tuple[str, str, str] = ("gate", "up", "down"),
     ) -> None:
         super().__init__()
-        self._roles = names
-        for name, layer in zip(names, (gate, up, down), strict=True):
+        self._roles = (gate, up, down)
+        for name, layer in layers.items():
             self.add_module(name, layer)
         self.activation = activation
         self._captured = capture_functions(torch.float32, None, None, activation).epilogue

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from torchhal.errors import InvalidProblem
 from torchhal.matmul import capture_functions
 from torchhal.nn.linear import FusedLinear
 
@@ -25,7 +24,9 @@ class GatedMLP:
     gate: str
     up: str
     down: str
-    activation: Callable[..., Any]
+    activation: Callable[..., Any] = field(compare=False)
+    called: tuple[object, ...]
+    """The activation as the trace saw it, to compare."""
 
 
 def gated_mlp(module: nn.Module) -> GatedMLP | None:
@@ -77,7 +78,12 @@ def _match(module: nn.Module, graph: fx.Graph | None) -> GatedMLP | None:
             and _input_of_linear(module, gate) is start
         ):
             activation = _function(module, activated)
-            return None if activation is None else GatedMLP(gate.target, up.target, down.target, activation)
+            if activation is None:
+                return None
+            names = (str(linear.target) for linear in (gate, up, down))
+            return GatedMLP(
+                *names, activation, (activated.op, activated.target, tuple(activated.kwargs.items()))
+            )
     return None
 
 
@@ -103,6 +109,8 @@ def _function(module: nn.Module, node: fx.Node) -> Callable[..., Any] | None:
     """What a node calls, as a function of its input."""
     if node.op == "call_function" and callable(node.target):
         return functools.partial(node.target, **node.kwargs) if node.kwargs else node.target
+    if node.op == "call_method" and not node.kwargs:
+        return _Method(str(node.target))
     if node.op != "call_module" or node.kwargs:
         return None
     called = module.get_submodule(str(node.target))
@@ -111,9 +119,20 @@ def _function(module: nn.Module, node: fx.Node) -> Callable[..., Any] | None:
     return None if stateful or hooked or _is_linear(called) else called
 
 
+class _Method(nn.Module):
+    """Calls a method of its input: what ``operator.methodcaller`` is to Python, in a form that Dynamo traces."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, value: Any) -> Any:
+        return getattr(value, self.name)()
+
+
 def _is_pointwise(activation: Callable[..., Any]) -> bool:
     try:
         captured = capture_functions(torch.float32, None, None, activation).epilogue
-    except InvalidProblem:
+    except Exception:  # whatever it does to a value that stands for one element, it is no epilogue
         return False
     return captured is not None and captured.structure == "single" and captured.pure and not captured.tensors

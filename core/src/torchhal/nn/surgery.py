@@ -51,12 +51,17 @@ class Surgery:
             found = gated_mlp(module)
             if found is None:
                 continue
-            roles = (found.gate, found.up, found.down)
-            layers = [module._modules[name] for name in roles]
-            if all(isinstance(layer, FusedLinear) and not hooked(layer) for layer in layers):
-                gate, up, down = layers
-                fused = FusedMLP(gate, up, down, found.activation, roles).train(module.training)  # type: ignore[arg-type]
-                kinds = {layer.packed.weight.scheme if layer.packed else "dense" for layer in layers}  # type: ignore[union-attr]
+            layers = {
+                name: layer
+                for name, layer in module.named_children()
+                if isinstance(layer, FusedLinear) and not hooked(layer)
+            }
+            if len(layers) == 3:
+                fused = FusedMLP(
+                    layers, gate=found.gate, up=found.up, down=found.down, activation=found.activation
+                )
+                fused.train(module.training)
+                kinds = {layer.packed.weight.scheme if layer.packed else "dense" for layer in layers.values()}
                 self.replace(module, fused, _same(module, fused), ", ".join(sorted(kinds)))
 
 

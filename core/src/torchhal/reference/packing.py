@@ -74,7 +74,7 @@ def unpack_columns(packed: Packed, columns: Tensor) -> Tensor:
     """The columns (K, n) of the weight that are named by ``columns``, (n,) whole numbers; nothing else is dequantised.
 
     Raises:
-        IndexError: there is no such column.
+        RuntimeError: there is no such column.
     """
     if isinstance(packed, GGUFWeight):
         return unpack(replace(packed, data=packed.data.index_select(0, columns)))
