@@ -9,7 +9,7 @@ namespace thal {
 // Rows [k0, k0 + depth) and columns [n0, n0 + columns) of an operand (K, N), of one entry of the flattened batch.
 struct PanelBlock {
   int64_t batch;
-  int64_t k0, depth;    // depth is at most kDepthMost of matmul.hpp; k0 is a multiple of it when K is larger
+  int64_t k0, depth;    // k0 is a multiple of 32, and depth at most kDepthMost of matmul.hpp
   int64_t n0, columns;  // columns is at most the panel's width
 };
 
