@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "panel_source.hpp"
 #include "program.hpp"
 
 namespace thal {
@@ -107,6 +108,18 @@ struct Item {
 struct GradientPlan;
 struct GradientItem;
 struct MapPlan;
+struct MatmulPlan;
+struct MatmulTile;
+struct MatmulBlock;
+
+// The parts of a fused matrix product, computed with float32 or float64; matmul.hpp says what they work on.
+struct MatmulKernels {
+  int64_t panel_rows, panel_columns;
+  void (*pack_left)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
+  void (*pack_right)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
+  void (*run_tile)(const MatmulPlan&, const MatmulTile&, char* scratch);
+  PanelSource (*source)(const MatmulPlan&);  // of a plain b
+};
 
 struct Isa {
   int lanes;
@@ -120,6 +133,7 @@ struct Isa {
   void (*run_gradient[THAL_DTYPES])(const GradientPlan&, const GradientItem&, char* scratch);
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
+  MatmulKernels matmul[2];  // of float32 and of float64
 };
 
 extern const Isa kAvx2;
