@@ -7,6 +7,7 @@
 #include "gradient_tile.hpp"
 #include "map_rows.hpp"
 #include "matmul_tile.hpp"
+#include "packed_skinny.hpp"
 
 namespace {
 

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "map.hpp"
+#include "packed.hpp"
 #include "tasks.hpp"
 
 namespace thal {
@@ -47,10 +48,10 @@ int check(const thal_matmul& c) {
   if (c.num_threads < 1 || (c.num_threads > 1 && !c.parallel)) return THAL_BAD_THREADS;
   if (!c.out || !c.out_types) return THAL_BAD_POINTER;
   if (c.M == 0 || c.N == 0 || c.batches == 0) return THAL_OK;
-  if (c.K && (!c.a || !c.b)) return THAL_BAD_POINTER;
+  if (c.K && (!c.a || (!c.b && !c.packed))) return THAL_BAD_POINTER;
   for (int32_t i = 0; i < c.outputs; ++i)
     if (!c.out[i]) return THAL_BAD_POINTER;
-  return THAL_OK;
+  return check_packed(c);
 }
 
 // A function of (value) or (value, batch, row, column), with lanes along columns.
@@ -173,6 +174,10 @@ int make_matmul_plan(const thal_matmul& call, MatmulPlan& p) {
   if (call.M == 0 || call.N == 0 || call.batches == 0) return THAL_OK;
   widen_bias(p);
   set_tiles(p);
+  if (is_skinny(p)) {
+    plan_skinny(p);
+    return THAL_OK;
+  }
   set_shared(p);
   set_scratch(p);
   return THAL_OK;
@@ -260,7 +265,7 @@ extern "C" int thal_matmul_run(const thal_matmul* call) {
     thal::MatmulPlan plan;
     if (const int code = thal::make_matmul_plan(*call, plan)) return code;
     if (call->M == 0 || call->N == 0 || call->batches == 0) return THAL_OK;
-    return thal::Run(plan).all();
+    return thal::is_skinny(plan) ? thal::run_skinny(plan) : thal::Run(plan).all();
   } catch (const std::bad_alloc&) {
     return THAL_NO_MEMORY;
   }

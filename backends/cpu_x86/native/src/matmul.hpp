@@ -33,6 +33,7 @@ struct MatmulPlan {
   int64_t workers;
   Program a_prologue, b_prologue, epilogue;
   PanelSource source;
+  int64_t splits = 1, split_depth;  // of a skinny product (packed.hpp): shares of K
   std::vector<char> bias;  // N numbers as they are computed with, or none
 
   // Byte offsets inside one thread's scratch.

@@ -1,7 +1,7 @@
 // One tile of a fused matrix product: the sum over blocks of K, then bias, epilogue and the store.
 #pragma once
 
-#include "matmul_pack.hpp"
+#include "packed_source.hpp"
 #include "result_rows.hpp"
 
 namespace {
@@ -103,18 +103,24 @@ void sum_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* scr
   }
 }
 
+// From sums to results.
 template <class V>
-void run_matmul_tile(const MatmulPlan& p, const MatmulTile& t, char* scratch) {
-  Real<V>* tile = reinterpret_cast<Real<V>*>(scratch + p.at_tile);
-  sum_tile<V>(p, t, tile, scratch);
+void finish_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* scratch) {
   if (!p.bias.empty()) add_bias<V>(p, t, tile);
   if (p.call.epilogue) run_epilogue<V>(p, t, tile, scratch);
   else store_sums<V>(p, t, tile);
 }
 
 template <class V>
+void run_matmul_tile(const MatmulPlan& p, const MatmulTile& t, char* scratch) {
+  Real<V>* tile = reinterpret_cast<Real<V>*>(scratch + p.at_tile);
+  sum_tile<V>(p, t, tile, scratch);
+  finish_tile<V>(p, t, tile, scratch);
+}
+
+template <class V>
 constexpr thal::MatmulKernels matmul_kernels() {
-  return {V::kRows, 2 * V::N, pack_left<V>, pack_right<V>, run_matmul_tile<V>, plain_source<V>};
+  return {V::kRows, 2 * V::N, pack_left<V>, pack_right<V>, run_matmul_tile<V>, right_source<V>};
 }
 
 }  // namespace

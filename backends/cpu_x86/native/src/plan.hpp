@@ -111,6 +111,7 @@ struct MapPlan;
 struct MatmulPlan;
 struct MatmulTile;
 struct MatmulBlock;
+struct SkinnyPart;
 
 // The parts of a fused matrix product, computed with float32 or float64; matmul.hpp says what they work on.
 struct MatmulKernels {
@@ -118,7 +119,14 @@ struct MatmulKernels {
   void (*pack_left)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
   void (*pack_right)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
   void (*run_tile)(const MatmulPlan&, const MatmulTile&, char* scratch);
-  PanelSource (*source)(const MatmulPlan&);  // of a plain b
+  PanelSource (*source)(const MatmulPlan&);  // of b
+};
+
+// The parts of a product of few rows with a packed weight; packed.hpp says what they work on.
+struct SkinnyKernels {
+  void (*pack_rows)(const MatmulPlan&, int64_t batch, float* rows, int64_t pitch, char* scratch);
+  void (*sum_part)(const MatmulPlan&, const SkinnyPart&, char* scratch);
+  void (*finish)(const MatmulPlan&, const MatmulTile&, float* tile, char* scratch);
 };
 
 struct Isa {
@@ -134,6 +142,7 @@ struct Isa {
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
   MatmulKernels matmul[2];  // of float32 and of float64
+  SkinnyKernels skinny;
 };
 
 extern const Isa kAvx2;
