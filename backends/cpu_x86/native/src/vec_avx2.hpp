@@ -80,6 +80,25 @@ struct Vec256 {
     if (DT == THAL_F8) return widen_f8(bytes);
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
+  // Quants of packed weights: N bytes, and N numbers of their low or high halves less ZERO.
+  using B = __m128i;
+  static B load_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const B*>(p)); }
+  static B load_bytes(const void* p, int n) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
+    return _mm_cvtsi64_si128(static_cast<long long>(bytes));
+  }
+  template <int ZERO>
+  static F widen_low(B bytes) {
+    const I low = _mm256_and_si256(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(ZERO)));
+  }
+  template <int ZERO>
+  static F widen_high(B bytes) {
+    const I high = _mm256_srli_epi32(_mm256_cvtepu8_epi32(bytes), 4);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(high, _mm256_set1_epi32(ZERO)));
+  }
+
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return load(static_cast<const float*>(p));

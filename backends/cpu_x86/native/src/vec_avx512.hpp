@@ -64,6 +64,26 @@ struct Vec512 {
     if (DT == THAL_F8) return widen_f8(bytes);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
+  // Quants of packed weights: N bytes, and N numbers of their low or high halves less ZERO.
+  using B = __m128i;
+  static B load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const B*>(p)); }
+  static B load_bytes(const void* p, int n) { return _mm_maskz_loadu_epi8(first(n), p); }
+  template <int ZERO>
+  static F look_up(I quants) {  // by their lowest four bits
+    constexpr float z = ZERO;
+    const F numbers = _mm512_setr_ps(0 - z, 1 - z, 2 - z, 3 - z, 4 - z, 5 - z, 6 - z, 7 - z, 8 - z, 9 - z, 10 - z, 11 - z,
+                                     12 - z, 13 - z, 14 - z, 15 - z);
+    return _mm512_permutexvar_ps(quants, numbers);
+  }
+  template <int ZERO>
+  static F widen_low(B bytes) {
+    return look_up<ZERO>(_mm512_cvtepu8_epi32(bytes));
+  }
+  template <int ZERO>
+  static F widen_high(B bytes) {
+    return look_up<ZERO>(_mm512_srli_epi32(_mm512_cvtepu8_epi32(bytes), 4));
+  }
+
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return _mm512_loadu_ps(p);

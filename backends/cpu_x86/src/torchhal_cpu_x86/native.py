@@ -28,7 +28,7 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ISA_VARIABLE = "TORCHHAL_CPU_X86_ISA"
@@ -100,6 +100,7 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p],
     ),
     "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
+    "thal_matmul_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_torch_register": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32]),
@@ -234,6 +235,12 @@ class Native:
         code = self.library.thal_map_run(ctypes.addressof(call))
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 foreach: {self.library.thal_error_text(code).decode()}")
+
+    def matmul(self, call: ctypes.Structure) -> None:
+        """Runs a ``thal_matmul``, in which ``parallel`` is what `parallel` gives."""
+        code = self.library.thal_matmul_run(ctypes.addressof(call))
+        if code:
+            raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
 
     @functools.cached_property
     def parallel(self) -> int:
