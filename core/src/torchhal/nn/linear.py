@@ -60,7 +60,8 @@ class FusedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, backend: str | None = None) -> FusedLinear:
         """The same layer, on the same parameters."""
-        return cls(linear.weight, linear.bias, backend=backend).train(linear.training)
+        weight, bias = linear.get_parameter("weight"), linear._parameters["bias"]
+        return cls(weight, bias, backend=backend).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N).
@@ -71,7 +72,7 @@ class FusedLinear(nn.Module):
         """
         if x.dim() < 3:
             return self.product(x)
-        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.product(x.flatten(0, -2)).reshape(*x.shape[:-1], self.out_features)
 
     def product(
         self, x: Tensor, epilogue: Epilogue | None = None, captured: Captured | None = None
@@ -94,12 +95,14 @@ class FusedLinear(nn.Module):
         return _single(result)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None, torch.dtype | None]:
-        bias, low = self.bias, _autocast_dtype(x)
+        bias: Tensor | None = self._parameters["bias"]
+        low = _autocast_dtype(x)
         if self.packed is None:
-            assert self.weight is not None
+            weight = self._parameters["weight"]
+            assert weight is not None
             if low is None:
-                return x, self.weight.mT, bias, None
-            return x.to(low), self.weight.to(low).mT, None if bias is None else bias.to(low), None
+                return x, weight.mT, bias, None
+            return x.to(low), weight.to(low).mT, None if bias is None else bias.to(low), None
         if self.training and not self.frozen and torch.is_grad_enabled():
             raise InvalidProblem(_training_text(self.packed.weight.scheme))
         x = x if low is None else x.to(low)
@@ -108,7 +111,7 @@ class FusedLinear(nn.Module):
         return x, self.packed.weight, bias, x.dtype
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.packed is not None and f"{prefix}weight" in state_dict:
             messages = rest[-1]
             messages.append(

@@ -48,9 +48,14 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N), row by row."""
-        gate, up, down = (self._modules[name] for name in self._roles)
+        gate, up, down = (self._layer(name) for name in self._roles)
         rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
-        gated = gate.product(rows, self.activation, self._captured)  # type: ignore[union-attr]
-        hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])  # type: ignore[union-attr]
-        out: Tensor = down.product(hidden)  # type: ignore[union-attr]
+        gated = gate.product(rows, self.activation, self._captured)
+        hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])
+        out = down.product(hidden)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _layer(self, name: str) -> FusedLinear:
+        layer = self._modules[name]
+        assert isinstance(layer, FusedLinear)
+        return layer

@@ -44,7 +44,7 @@ class PackedStorage(nn.Module):
         probe = fn(torch.empty(0, dtype=self._weight.dtype, device=self._weight.device))
         self._rest["dtype"] = str(probe.dtype).removeprefix("torch.")
         for name in self._names:
-            self._buffers[name] = _moved(self._buffers[name], fn)
+            self._buffers[name] = _moved(self.get_buffer(name), fn)
         self._weight = self._remade()
         return self
 

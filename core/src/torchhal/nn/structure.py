@@ -66,24 +66,18 @@ def _match(module: nn.Module, graph: fx.Graph | None) -> GatedMLP | None:
     if graph is None or len(graph.nodes) != 7:  # x, gate, activation, up, product, down, output
         return None
     start, end = next(iter(graph.nodes)), graph.output_node()
-    down = end.args[0]
+    down: Any = end.args[0]
     product = _input_of_linear(module, down)
     if start.op != "placeholder" or product is None or not _is_product(product):
         return None
-    for activated, up in (product.args, product.args[::-1]):
+    operands: tuple[Any, ...] = product.args
+    for activated, up in (operands, operands[::-1]):
         gate = _only_input(activated)
-        if (
-            _input_of_linear(module, up) is start
-            and gate is not None
-            and _input_of_linear(module, gate) is start
-        ):
-            activation = _function(module, activated)
-            if activation is None:
-                return None
-            names = (str(linear.target) for linear in (gate, up, down))
-            return GatedMLP(
-                *names, activation, (activated.op, activated.target, tuple(activated.kwargs.items()))
-            )
+        inputs = {_input_of_linear(module, gate), _input_of_linear(module, up)}
+        activation = _function(module, activated) if gate is not None and inputs == {start} else None
+        if activation is not None:
+            called = (activated.op, activated.target, *activated.kwargs.items())
+            return GatedMLP(str(gate.target), str(up.target), str(down.target), activation, called)
     return None
 
 
@@ -94,7 +88,7 @@ def _input_of_linear(module: nn.Module, node: Any) -> fx.Node | None:
     return _only_input(node) if _is_linear(module.get_submodule(str(node.target))) else None
 
 
-def _only_input(node: Any) -> fx.Node | None:
+def _only_input(node: Any) -> Any:
     if not isinstance(node, fx.Node) or len(node.all_input_nodes) != 1 or len(node.args) != 1:
         return None
     return node.all_input_nodes[0]

@@ -78,11 +78,14 @@ def unpack_columns(packed: Packed, columns: Tensor) -> Tensor:
     """
     if isinstance(packed, GGUFWeight):
         return unpack(replace(packed, data=packed.data.index_select(0, columns)))
-    data, scale, zero = (
-        None if t is None else t.index_select(1, columns) for t in (packed.data, packed.scale, packed.zero)
+    chosen = replace(
+        packed,
+        data=packed.data.index_select(1, columns),
+        scale=packed.scale.index_select(1, columns),
+        zero=None if packed.zero is None else packed.zero.index_select(1, columns),
+        shape=(packed.shape[0], columns.shape[0]),
     )
-    shape = (packed.shape[0], columns.shape[0])
-    return unpack(replace(packed, data=data, scale=scale, zero=zero, shape=shape))
+    return unpack(chosen)
 
 
 def _validate(weight: Tensor, bits: int, group: int | None) -> None:
