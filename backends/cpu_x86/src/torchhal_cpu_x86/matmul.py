@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from torchhal import Decline, Plan
-from torchhal.operands import MatmulOperands, PackedWeight
+from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise.factors import reads
 from torchhal.problems import MatmulProblem
 from torchhal.reference import matmul as reference
-from torchhal_cpu_x86 import hardware, native, product_gradients, products
+from torchhal_cpu_x86 import hardware, native, packed, product_gradients, products
 from torchhal_cpu_x86.gradients import is_transformed
 from torchhal_cpu_x86.maps import Column, is_readable
+from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, folded, fuse
 
-Run = Callable[
-    [Tensor, "Tensor | PackedWeight", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]
-]
+Run = Callable[[Tensor, "Tensor | Packed", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]]
 GRADIENTS = frozenset({"backward", "captured_gradient"})
 """Features of a problem that ask for gradients."""
 
@@ -30,8 +29,9 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
     refusal = hardware.decline()
     if refusal is not None:
         return refusal
-    if problem.packing is not None:
-        return Decline("packed_weight", f"weights packed as {problem.packing} are not served")
+    refusal = None if problem.packing is None else packed.decline(problem)
+    if refusal is not None:
+        return refusal
     compute = reference.compute_dtype(problem)
     return Plan(
         run=_runner(problem),
@@ -54,21 +54,25 @@ def _runner(problem: MatmulProblem) -> Run:
     has_functions = any(graph is not None for graph in functions)
 
     def run(
-        a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+        a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
     ) -> tuple[Tensor, ...]:
         captured = _captured(operands) if has_functions and operands is not None else Captured()
-        if is_transformed() or not is_readable(Column([a, b, *_tensors(bias, captured)])):  # type: ignore[list-item]
+        if is_transformed() or not is_readable(Column([a, *_plain(b), *_tensors(bias, captured)])):
             return specification(a, b, bias, operands)  # type: ignore[no-any-return]
-        assert isinstance(b, Tensor)
-        if a.dim() == 2 or b.dim() > 2 or not _folds(a, functions):
-            return serve(a, b, bias, captured)
+        right = b if isinstance(b, Tensor) else Operand.of(b)
+        if a.dim() == 2 or right.dim() > 2 or not _folds(a, functions):
+            return serve(a, right, bias, captured)
         rows = a.shape[-2]
         part = folded_product(product, captured, rows)
         serve_part = part.product.differentiable if _wants_gradients(problem) else part.product.run
-        outputs = serve_part(a.flatten(0, -2), b, bias, part.captured)
+        outputs = serve_part(a.flatten(0, -2), right, bias, part.captured)
         return tuple(out.view(*a.shape[:-1], out.shape[-1]) for out in outputs)
 
     return run
+
+
+def _plain(b: Tensor | Packed) -> list[Tensor]:
+    return [b] if isinstance(b, Tensor) else []
 
 
 def _captured(operands: MatmulOperands) -> Captured:
@@ -92,14 +96,16 @@ class Product:
     bias_dtype: torch.dtype | None
     out_dtypes: tuple[torch.dtype, ...]
 
-    def run(self, a: Tensor, b: Tensor, bias: Tensor | None, captured: Captured) -> tuple[Tensor, ...]:
+    def run(
+        self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
+    ) -> tuple[Tensor, ...]:
         """One tensor (..., M, N) for each of ``out_dtypes``."""
         fused = fuse(self.functions, self.compute, self.bias_dtype, self.out_dtypes, a.shape[-1] > 0)
         given = None if fused.bias else bias
-        return products.multiply(a, b, given, *fused.arrange(captured, bias), self.out_dtypes)
+        return products.multiply(a, b, given, fused.arrange(captured, bias), self.out_dtypes)
 
     def differentiable(
-        self, a: Tensor, b: Tensor, bias: Tensor | None, captured: Captured
+        self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
     ) -> tuple[Tensor, ...]:
         """The same, for autograd."""
         return product_gradients.apply(self, a, b, bias, captured)

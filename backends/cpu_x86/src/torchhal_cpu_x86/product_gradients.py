@@ -29,6 +29,7 @@ from torchhal.pointwise.differentiate import differentiate
 from torchhal.pointwise.factors import reads
 from torchhal_cpu_x86 import products
 from torchhal_cpu_x86.gradients import first_derivatives
+from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, COL, ROW, Captured, Functions, fuse, transposed
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def apply(
-    product: Product, a: Tensor, b: Tensor, bias: Tensor | None, captured: Captured
+    product: Product, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
 ) -> tuple[Tensor, ...]:
     """``product.run`` as a node of autograd's graph."""
     counts = tuple(map(len, captured))
@@ -50,13 +51,14 @@ class _Product(torch.autograd.Function):
         product: Product,
         counts: tuple[int, ...],
         a: Tensor,
-        b: Tensor,
+        b: Tensor | Operand,
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs = product.run(a, b, bias, _split(tensors, counts))
         ctx.product, ctx.counts = product, counts
-        ctx.save_for_backward(a, b, bias, *tensors)
+        ctx.packed = None if isinstance(b, Tensor) else b
+        ctx.save_for_backward(a, b if ctx.packed is None else None, bias, *tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
         return outputs
@@ -66,7 +68,12 @@ class _Product(torch.autograd.Function):
         a, b, bias, *tensors = ctx.saved_tensors
         need_a, need_b, need_bias, *need_tensors = ctx.needs_input_grad[2:]
         call = Backward(
-            ctx.product, a, b, bias, _split(tensors, ctx.counts), _split(need_tensors, ctx.counts)
+            ctx.product,
+            a,
+            ctx.packed or b,
+            bias,
+            _split(tensors, ctx.counts),
+            _split(need_tensors, ctx.counts),
         )
         with torch.no_grad():
             found = call.gradients(above, need_a, need_b, need_bias)
@@ -194,17 +201,24 @@ def _cast(graph: Graph, dtypes: Sequence[torch.dtype]) -> Graph:
 # ---------------------------------------------------------------------------- the gradients of one call
 
 
+class Wanted(NamedTuple):
+    """Of the captured tensors of each function, whether a gradient is asked for."""
+
+    a: Sequence[bool]
+    b: Sequence[bool]
+    epilogue: Sequence[bool]
+
+
 @dataclass
 class Backward:
     """The backward pass of one call."""
 
     product: Product
     a: Tensor
-    b: Tensor
+    b: Tensor | Operand
     bias: Tensor | None
     captured: Captured
-    wanted: Captured
-    """Of each captured tensor, whether its gradient is asked for."""
+    wanted: Wanted
 
     def gradients(
         self, above: Sequence[Tensor | None], need_a: bool, need_b: bool, need_bias: bool
@@ -214,7 +228,9 @@ class Backward:
         if all(gradient is None for gradient in above):
             return empty
         dz, of_epilogue = self._through_epilogue(above)
-        dz = dz.to(torch.float64) if self.product.compute is torch.float64 else dz  # so that its products are of that type
+        dz = (
+            dz.to(torch.float64) if self.product.compute is torch.float64 else dz
+        )  # so that its products are of that type
         of_a = of_b = None
         da = db = None
         if need_a or any(self.wanted.a):
@@ -258,7 +274,7 @@ class Backward:
             a,
             b,
             None if fused.bias else self.bias,
-            *fused.arrange(captured, self.bias),
+            fused.arrange(captured, self.bias),
             found.graph.output_dtypes,
         )
         return results[0], collect(found.uses, results, self.captured.epilogue)
@@ -279,6 +295,7 @@ class Backward:
         functions = Functions(None if graph is None else transposed(graph))
         captured = Captured(self.captured.a)
         graph = self.product.functions.b_prologue
+        assert isinstance(self.b, Tensor)  # a packed weight has no gradient
         return self._of_operand(
             self.a.mT, dz, functions, captured, self.b, graph, self.captured.b, self.wanted.b
         )
@@ -286,7 +303,7 @@ class Backward:
     def _of_operand(
         self,
         left: Tensor,
-        right: Tensor,
+        right: Tensor | Operand,
         functions: Functions,
         captured: Captured,
         operand: Tensor,
@@ -307,7 +324,7 @@ class Backward:
             captured = captured._replace(epilogue=(*tensors, _three_dimensional(operand.expand(shape))))
             uses, out_dtypes = found.uses, found.graph.output_dtypes
         fused = fuse(functions, self.product.compute, None, out_dtypes, left.shape[-1] > 0)
-        results = products.multiply(left, right, None, *fused.arrange(captured, None), out_dtypes)
+        results = products.multiply(left, right, None, fused.arrange(captured, None), out_dtypes)
         gradient = (
             results[0] if shape == operand.shape else results[0].sum_to_size(operand.shape).to(operand.dtype)
         )
