@@ -94,8 +94,7 @@ def test_a_packed_layer_multiplies_by_the_dequantised_weight_in_the_type_of_its_
     x = torch.randn(2, 3, 64, dtype=dtype)
     found = layer(x)
     assert found.dtype == dtype
-    bias = layer.bias if dtype == torch.float32 else layer.bias.to(dtype)  # type: ignore[union-attr]
-    exact = x.double() @ unpack(packed, torch.float64) + bias.double()  # type: ignore[union-attr]
+    exact = x.double() @ unpack(packed, torch.float64) + layer.bias.double()  # type: ignore[union-attr]
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps * 4, atol=1e-5)
 
 
@@ -610,6 +609,15 @@ def test_blocks_drive_a_model_that_never_had_other_weights() -> None:
     for name in ("w1", "w2", "w3"):
         getattr(plain.mlp, name).weight.data = unpack(parts[f"mlp.{name}"]).t()
     torch.testing.assert_close(ours(IDS), plain(IDS), rtol=1e-4, atol=1e-3)
+
+
+def test_blocks_stand_for_numbers_of_the_type_their_layer_had() -> None:
+    ours = model().to(torch.bfloat16)
+    load_packed(ours, {"embed": blocks(torch.randn(50, 32)), "attend": blocks(torch.randn(32, 32))}, **REF)
+    assert ours.embed(IDS).dtype == torch.bfloat16
+    x = ours.embed(IDS)
+    asked = torchhal.explain(ours.attend, x).problem
+    assert "mixed_dtypes" not in asked.features and ours(IDS).dtype == torch.bfloat16
 
 
 def test_loading_is_taken_back_only_with_the_originals() -> None:

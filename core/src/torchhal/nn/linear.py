@@ -106,8 +106,6 @@ class FusedLinear(nn.Module):
         if self.training and not self.frozen and torch.is_grad_enabled():
             raise InvalidProblem(_training_text(self.packed.weight.scheme))
         x = x if low is None else x.to(low)
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
         return x, self.packed.weight, bias, x.dtype
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -28,7 +29,8 @@ def load_packed(
     """Swap the named layers of a model, in place, for ones on the given packed weights.
 
     The layers may be on the meta device: a model whose blocks come from a file needs no memory for other weights. An object that
-    is given for several names is held once, so that an output layer and an embedding stay tied. Gated MLPs whose three
+    is given for several names is held once, so that an output layer and an embedding stay tied. A weight stands for numbers
+    of the floating type that its layer has. Gated MLPs whose three
     layers are all packed become :class:`FusedMLP`. To fuse the layers that are not named, call
     :func:`optimize_linear` afterwards.
 
@@ -51,9 +53,12 @@ def load_packed(
     surgery = Surgery(model)
     layers = {name: _checked(surgery, name, weight) for name, weight in weights.items()}
     before = bytes_of(model)
-    storages = {id(weight): PackedStorage(weight) for weight in weights.values()}
+    storages: dict[int, PackedStorage] = {}
     for name, weight in weights.items():
-        old, storage = layers.pop(name), storages[id(weight)]
+        old = layers.pop(name)
+        if id(weight) not in storages:
+            storages[id(weight)] = PackedStorage(replace(weight, dtype=old.weight.dtype))
+        storage = storages[id(weight)]
         new: nn.Module
         if isinstance(old, nn.Linear):
             new = FusedLinear(storage, old.bias, backend=backend, frozen=frozen)
