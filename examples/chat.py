@@ -45,6 +45,11 @@ def file() -> Path:
     return found[0]
 
 
+def load_tokenizer() -> Any:
+    path = file()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def load(weights: str = "f32") -> tuple[Any, Any]:
     """The model and its tokenizer. Takes some seconds: transformers reads and expands the GGUF file in Python.
 
@@ -53,9 +58,7 @@ def load(weights: str = "f32") -> tuple[Any, Any]:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    dtype = WEIGHTS[weights]
+    path, tokenizer, dtype = file(), load_tokenizer(), WEIGHTS[weights]
     if dtype is None:
         import quantized
 
