@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from fake_backends import Install
+from typer.testing import CliRunner
 
 import torchhal
 from torchhal import BackendInfo, Capabilities, Plan, hookimpl
+from torchhal.cli.app import app
 from torchhal.cli.run import show_routes
 from torchhal.errors import FallbackWarning, InvalidProblem, Unsupported
 from torchhal.matmul import Call, build_problem, capture_functions, matmul, pack_weight
@@ -171,6 +173,16 @@ def test_the_table_of_torchhal_run_names_what_is_unfused(
     matmul(X, X.mT, epilogue=torch.relu)
     show_routes(torchhal.routes(), SimpleNamespace(threads=[]))  # type: ignore[arg-type]
     assert "unfused epilogue" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_line_asks_what_is_fused() -> None:
+    asked = ["explain", "matmul", "--epilogue", "relu", "--json"]
+    answer = CliRunner().invoke(app, asked)
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout)["unfused"] == {"epilogue": "it is applied to the finished product"}
+    refused = CliRunner().invoke(app, [*asked, "--fused"])
+    assert refused.exit_code != 0
+    assert json.loads(refused.stdout)["declined"][-1]["code"] == "unfused_epilogue"
 
 
 def test_a_compiled_call_requires_fusion_as_an_eager_one_does(two: None) -> None:

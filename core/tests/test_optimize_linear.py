@@ -588,6 +588,22 @@ def test_a_swapped_model_compiles_to_one_graph_for_all_lengths(weight: str | Non
     assert counter.frame_count <= 2, "one static graph and one with symbolic lengths"
 
 
+@pytest.mark.filterwarnings("ignore:No complete tensor found")
+def test_a_swapped_model_is_exported_with_its_packed_weights_and_read_back() -> None:
+    ours = model()
+    optimize_linear(ours, "int4", **REF)
+    length = torch.export.Dim("length", min=2)
+    program = torch.export.export(ours, (IDS,), dynamic_shapes=({1: length},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    ids = torch.arange(10).reshape(2, 5)
+    torch.testing.assert_close(torch.export.load(file).module()(ids), ours(ids))
+    assert not any("weight" in name and "attend" in name for name in program.state_dict), (
+        "no other copy is kept"
+    )
+
+
 # ---------------------------------------------------------------------------- packed weights from elsewhere
 
 
