@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cli_support import invoke
 from fake_backends import Install
-from typer.testing import CliRunner
 
 import torchhal
 from torchhal import BackendInfo, Capabilities, Plan, hookimpl
-from torchhal.cli.app import app
 from torchhal.cli.run import show_routes
 from torchhal.errors import FallbackWarning, InvalidProblem, Unsupported
 from torchhal.matmul import Call, build_problem, capture_functions, matmul, pack_weight
@@ -177,10 +176,10 @@ def test_the_table_of_torchhal_run_names_what_is_unfused(
 
 def test_the_command_line_asks_what_is_fused() -> None:
     asked = ["explain", "matmul", "--epilogue", "relu", "--json"]
-    answer = CliRunner().invoke(app, asked)
+    answer = invoke(*asked)
     assert answer.exit_code == 0
     assert json.loads(answer.stdout)["unfused"] == {"epilogue": "it is applied to the finished product"}
-    refused = CliRunner().invoke(app, [*asked, "--fused"])
+    refused = invoke(*asked, "--fused")
     assert refused.exit_code != 0
     assert json.loads(refused.stdout)["declined"][-1]["code"] == "unfused_epilogue"
 

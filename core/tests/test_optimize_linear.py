@@ -535,6 +535,12 @@ def test_a_packed_model_moves_through_the_meta_device() -> None:
     assert torch.equal(ours(IDS), exact)
 
 
+def test_a_model_on_the_meta_device_tells_the_shape_of_its_result() -> None:
+    ours = model()
+    optimize_linear(ours, "int4", **REF)
+    assert ours.to("meta")(IDS.to("meta")).shape == (2, 3, 50)
+
+
 def test_buffers_that_stand_in_for_one_call_are_read() -> None:
     layer = FusedLinear(torchhal.pack_weight(torch.randn(32, 4)), **REF).eval()
     x = torch.randn(2, 32)

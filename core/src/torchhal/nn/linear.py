@@ -35,6 +35,8 @@ class FusedLinear(nn.Module):
         InvalidProblem: the bias does not fit the weight.
     """
 
+    packed: PackedStorage | None
+
     def __init__(
         self,
         weight: nn.Parameter | Packed | PackedStorage,
@@ -47,7 +49,7 @@ class FusedLinear(nn.Module):
         packed = PackedStorage(weight) if isinstance(weight, Packed) else weight
         self.register_parameter("weight", packed if isinstance(packed, nn.Parameter) else None)
         self.register_parameter("bias", bias)
-        self.packed = packed if isinstance(packed, PackedStorage) else None
+        self.register_module("packed", packed if isinstance(packed, PackedStorage) else None)
         shape = packed.weight.shape if isinstance(packed, PackedStorage) else packed.shape[::-1]
         self.in_features, self.out_features = (int(size) for size in shape)
         self.backend = backend
@@ -95,18 +97,21 @@ class FusedLinear(nn.Module):
         return _single(result)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None, torch.dtype | None]:
+        # By the dictionaries: an attribute of a module takes 0.7 us, of the 3 that torchhal allows itself in a call.
         bias: Tensor | None = self._parameters["bias"]
+        packed = self._modules["packed"]
         low = _autocast_dtype(x)
-        if self.packed is None:
+        if packed is None:
             weight = self._parameters["weight"]
             assert weight is not None
             if low is None:
                 return x, weight.mT, bias, None
             return x.to(low), weight.to(low).mT, None if bias is None else bias.to(low), None
+        assert isinstance(packed, PackedStorage)
         if self.training and not self.frozen and torch.is_grad_enabled():
-            raise InvalidProblem(_training_text(self.packed.weight.scheme))
+            raise InvalidProblem(_training_text(packed.weight.scheme))
         x = x if low is None else x.to(low)
-        return x, self.packed.weight, bias, x.dtype
+        return x, packed.weight, bias, x.dtype
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
