@@ -111,4 +111,5 @@ def _store(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
     # Autocast would round the operands of the product, against "accumulated in float32 or wider".
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    asked = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if asked else nullcontext()
