@@ -11,12 +11,12 @@
 namespace thal {
 namespace {
 
-// Columns of a tile: sums of four rows are 16 KB, and a thread reads a kilobyte of a row of int8 at a time.
-constexpr int64_t kRowColumns = 1024;
+// Columns of a tile of a weight in rows. Wider than most: shares of K are then pieces of memory that are read from end to end.
+constexpr int64_t kRowColumns = 4096;
 // Parts of a product, unless it has more tiles: enough to share out evenly among a few threads.
 constexpr int64_t kParts = 8;
 // The least of K in a part, and of columns in a tile.
-constexpr int64_t kLeastDepth = 256, kLeastColumns = 64;
+constexpr int64_t kLeastDepth = 256, kLeastColumns = 16;
 // Elements of a that are widened on one thread: waking others costs more.
 constexpr int64_t kPitchStep = 32;
 
@@ -117,9 +117,10 @@ bool is_skinny(const MatmulPlan& p) {
 
 void plan_skinny(MatmulPlan& p) {
   const thal_matmul& c = p.call;
-  const int64_t least = is_blocks(c.packed->scheme) ? kLeastColumns / 4 : kLeastColumns;
-  int64_t tiles = std::max<int64_t>(1, std::min(kParts, c.N / least));
-  if (!is_blocks(c.packed->scheme)) tiles = std::max(tiles / 2, ceil_div(c.N, kRowColumns));
+  int64_t tiles = ceil_div(c.N, kRowColumns);
+  if (is_blocks(c.packed->scheme)) tiles = std::max<int64_t>(1, std::min(kParts, c.N / kLeastColumns));
+  else if (c.K < kLeastDepth * kParts / 2) tiles = std::max(tiles, std::min(kParts / 2, c.N / kLeastColumns));
+  tiles = std::max<int64_t>(tiles, 1);
   p.rows = c.M, p.row_tiles = 1, p.share_left = p.share_right = false;
   p.columns = round_up(ceil_div(c.N, tiles), kLanes);
   p.column_tiles = ceil_div(c.N, p.columns);
@@ -128,7 +129,7 @@ void plan_skinny(MatmulPlan& p) {
   p.splits = ceil_div(c.K, p.split_depth);
   p.workers = p.workers == 1 && static_cast<double>(c.M * c.N) * static_cast<double>(c.K) < 1e6 ? 1 : std::min<int64_t>(c.num_threads, p.column_tiles * p.splits);
   Scratch layout;
-  p.at_tile = layout.take(2 * p.rows * p.tile_stride() * p.real);  // and the sums of a group
+  p.at_tile = layout.take((2 * p.rows + 1) * p.tile_stride() * p.real);  // and the sums and zeros of a group
   p.at_left = layout.take(c.M * kDepthMost * p.real);
   p.at_indices = layout.take(4 * (kRowsMost + 2 * kLanes));
   p.at_program = layout.take(std::max(p.epilogue.bytes, p.a_prologue.bytes));

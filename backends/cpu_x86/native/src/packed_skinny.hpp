@@ -28,32 +28,65 @@ void pack_rows(const MatmulPlan& p, int64_t batch, float* rows, int64_t pitch, c
 
 // ---------------------------------------------------------------------------- rows of quants
 
-// Rows of the weight at a time: so many lines are asked of the memory ahead of the arithmetic, wherever rows lie.
-constexpr int64_t kRowsAhead = 16;
+// Lines of the weight at a time, and how far ahead of the arithmetic lines are asked of the memory. They may lie a multiple of
+// 4096 bytes apart, where all fall into one set of eight of the L1 cache: so they are asked into the L2 cache.
+constexpr int64_t kLinesAtOnce = 16;
+
+// Four vectors of quants that lie side by side, taken from their words byte by byte: vector j has columns j, 4 + j, 8 + j, ...
+template <class V, int SCHEME>
+struct Quads {
+  typename V::I low, high;
+  explicit Quads(const uint8_t* p) {
+    const auto words = V::load_quads(p);
+    low = SCHEME == THAL_PACKED_I8 ? V::flip_signs(words) : words;
+    high = V::high_words(low);
+  }
+  // Of I4 in the first or second row of the line.
+  template <int J, int ROW>
+  THAL_INLINE typename V::F numbers() const {
+    const auto words = J < 2 ? low : high;
+    constexpr bool odd = J % 2 != 0;
+    if constexpr (SCHEME == THAL_PACKED_I8) return odd ? V::template pick<0xff00, 15, 128>(words) : V::template pick<0xff, 23, 128>(words);
+    else if constexpr (ROW == 0) return odd ? V::template pick<0xf00, 15, 8>(words) : V::template pick<0xf, 23, 8>(words);
+    else return odd ? V::template pick<0xf000, 11, 8>(words) : V::template pick<0xf0, 19, 8>(words);
+  }
+};
+
+// One vector of quants, of which the first n exist.
+template <class V, int SCHEME>
+struct Single {
+  typename V::B bytes;
+  Single(const uint8_t* p, int n) : bytes(n == V::N ? V::load_bytes(p) : V::load_bytes(p, n)) {}
+  template <int J, int ROW>
+  THAL_INLINE typename V::F numbers() const {
+    if constexpr (SCHEME == THAL_PACKED_I8) return V::template widen_bytes<THAL_I8>(bytes);
+    else if constexpr (ROW == 0) return V::template widen_low<8>(bytes);
+    else return V::template widen_high<8>(bytes);
+  }
+};
 
 // Sums over rows, group by group. Those of a group are of quants less zero times a; with the scale they join the sums.
 template <class V, int SCHEME, int M>
 class RowSums {
-  static constexpr bool kHalves = SCHEME == THAL_PACKED_I4;
-  static constexpr int kPerLine = kHalves ? 2 : 1;
-  static constexpr int kVectors = V::N == 16 ? 4 : M <= 2 ? 4 : 2;
+  static constexpr int kPerLine = SCHEME == THAL_PACKED_I4 ? 2 : 1;
   using F = typename V::F;
 
   const thal_packed& w_;
   const SkinnyPart& part_;
-  float* group_sums_;
+  float *group_sums_, *zeros_;  // zeros of a group as vectors have them
   int64_t stride_;
 
  public:
-  RowSums(const MatmulPlan& p, const SkinnyPart& part, float* group_sums)
-      : w_(*p.call.packed), part_(part), group_sums_(group_sums), stride_(p.tile_stride()) {}
+  // `memory` is for M + 1 rows of columns.
+  RowSums(const MatmulPlan& p, const SkinnyPart& part, float* memory)
+      : w_(*p.call.packed), part_(part), group_sums_(memory), zeros_(memory + M * p.tile_stride()), stride_(p.tile_stride()) {}
 
   void run() const {
     const int64_t last = part_.k0 + part_.depth;
     for (int64_t k = part_.k0, end; k < last; k = end) {
       end = smaller(last, (k / w_.group + 1) * w_.group);
       for (int64_t i = k, some; i < end; i += some) {
-        some = smaller(kRowsAhead, end - i);
+        some = smaller(kLinesAtOnce * kPerLine, end - i);
         add_rows({i, some, i == k, i + some == end, k == part_.k0});
       }
     }
@@ -67,52 +100,66 @@ class RowSums {
   };
 
   void add_rows(const Rows& rows) const {
-    constexpr int64_t kWide = kVectors * V::N;
+    if (w_.zero) add_columns<true>(rows);
+    else add_columns<false>(rows);
+  }
+
+  template <bool ZERO>
+  void add_columns(const Rows& rows) const {
+    const int64_t wide = 4 * V::N, line = part_.n0 + rows.k / kPerLine * w_.columns;
+    const auto* data = static_cast<const uint8_t*>(w_.data) + line;
     int64_t j = 0;
-    for (; j + kWide <= part_.columns; j += kWide) step<kVectors, true>(rows, j, V::N);
-    for (; j + V::N <= part_.columns; j += V::N) step<1, true>(rows, j, V::N);
-    if (j < part_.columns) step<1, false>(rows, j, static_cast<int>(part_.columns - j));
-  }
-
-  template <bool WHOLE>
-  static typename V::B bytes(const uint8_t* p, int n) {
-    if constexpr (WHOLE) return V::load_bytes(p);
-    else return V::load_bytes(p, n);
-  }
-
-  // Columns j to j + C * N, of which the last n exist in the one vector that is not whole.
-  template <int C, bool WHOLE>
-  THAL_INLINE void step(const Rows& rows, int64_t j, int n) const {
-    F acc[C * M], zero[C];
-    const int64_t group = rows.k / w_.group * w_.columns + part_.n0 + j;
-    const bool has_zero = w_.zero != nullptr;
-    each<C>([&](auto c) { zero[c] = has_zero ? V::template load_part<THAL_F32>(w_.zero + group + c * V::N, n) : V::zero(); });
-    each<C * M>([&](auto i) { acc[i] = rows.first ? V::zero() : V::load(group_sums_ + i / C * stride_ + j + i % C * V::N); });
-    const uint8_t* line = static_cast<const uint8_t*>(w_.data) + rows.k / kPerLine * w_.columns + part_.n0 + j;
-    const float* a = part_.rows + rows.k;
-    const auto add = [&](int64_t r, auto number) {
-      F x[C];
-      each<C>([&](auto c) { x[c] = has_zero ? V::sub(number(c), zero[c]) : number(c); });
-      each<C * M>([&](auto i) { acc[i] = V::fma(x[i % C], V::set1(a[i / C * part_.pitch + r]), acc[i]); });
-    };
-    for (int64_t r = 0; r < rows.count; r += kPerLine, line += w_.columns) {
-      _mm_prefetch(reinterpret_cast<const char*>(line + kRowsAhead / kPerLine * w_.columns), _MM_HINT_T0);
-      typename V::B raw[C];
-      each<C>([&](auto c) { raw[c] = bytes<WHOLE>(line + c * V::N, n); });
-      if constexpr (kHalves) {
-        add(r, [&](auto c) { return V::template widen_low<8>(raw[c]); });
-        add(r + 1, [&](auto c) { return V::template widen_high<8>(raw[c]); });
-      } else {
-        add(r, [&](auto c) { return V::template widen_bytes<THAL_I8>(raw[c]); });
-      }
+    for (; j + wide <= part_.columns; j += wide)
+      step<4, ZERO>(rows, j, V::N, data + j, [](const uint8_t* p) { return Quads<V, SCHEME>(p); });
+    for (; j < part_.columns; j += V::N) {
+      const int n = static_cast<int>(smaller(V::N, part_.columns - j));
+      step<1, ZERO>(rows, j, n, data + j, [n](const uint8_t* p) { return Single<V, SCHEME>(p, n); });
     }
-    each<C * M>([&](auto i) {
-      constexpr int m = i / C, c = i % C;
-      const int64_t at = m * stride_ + j + c * V::N;
-      if (!rows.last) return V::store(group_sums_ + at, acc[i]);
-      const F scaled = V::mul(acc[i], V::template load_part<THAL_F32>(w_.scale + group + c * V::N, n));
-      V::store(part_.sums + at, rows.alone ? scaled : V::add(V::load(part_.sums + at), scaled));
+  }
+
+  // C vectors of columns from j on; of a lone one the first n exist.
+  template <int C, bool ZERO, class Read>
+  THAL_INLINE void step(const Rows& rows, int64_t j, int n, const uint8_t* line, Read read) const {
+    const int64_t group = rows.k / w_.group * w_.columns + part_.n0 + j;
+    F acc[C * M], zero[C];
+    if constexpr (ZERO) {
+      if (rows.first) put_zeros<C>(w_.zero + group, zeros_ + j, n);
+      each<C>([&](auto c) { zero[c] = V::load(zeros_ + j + c * V::N); });
+    }
+    float* sums = group_sums_ + j;
+    each<C * M>([&](auto i) { acc[i] = rows.first ? V::zero() : V::load(sums + i / C * stride_ + i % C * V::N); });
+    const float* a = part_.rows + rows.k;
+    for (const float* end = a + rows.count; a < end; a += kPerLine, line += w_.columns) {
+      _mm_prefetch(reinterpret_cast<const char*>(line + kLinesAtOnce * w_.columns), _MM_HINT_T1);
+      const auto quants = read(line);
+      each<kPerLine>([&](auto row) {
+        each<C>([&](auto c) {
+          F x = quants.template numbers<decltype(c)::value, decltype(row)::value>();
+          if constexpr (ZERO) x = V::sub(x, zero[c]);
+          each<M>([&](auto m) { acc[m * C + c] = V::fma(x, V::set1(a[m * part_.pitch + row]), acc[m * C + c]); });
+        });
+      });
+    }
+    if (!rows.last) {
+      each<C * M>([&](auto i) { V::store(sums + i / C * stride_ + i % C * V::N, acc[i]); });
+      return;
+    }
+    each<M>([&](auto m) {
+      if constexpr (C == 4) V::interleave(acc + m * C);
+      each<C>([&](auto c) {
+        float* out = part_.sums + m * stride_ + j + c * V::N;
+        const F scaled = V::mul(acc[m * C + c], V::template load_part<THAL_F32>(w_.scale + group + c * V::N, n));
+        V::store(out, rows.alone ? scaled : V::add(V::load(out), scaled));
+      });
     });
+  }
+
+  template <int C>
+  static void put_zeros(const float* from, float* to, int n) {
+    if constexpr (C == 1) V::store(to, V::template load_part<THAL_F32>(from, n));
+    else
+      for (int i = 0; i < V::N; ++i)
+        for (int c = 0; c < C; ++c) to[c * V::N + i] = from[i * C + c];
   }
 };
 
