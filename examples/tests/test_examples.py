@@ -12,6 +12,7 @@ import torchhal
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 QUESTION = "What is the capital of France?"
+BACKENDS = {"attention": "cpu_x86", "matmul": "cpu_x86"}
 
 
 def missing() -> str:
@@ -36,7 +37,7 @@ needs_model = [
 def loaded() -> Any:
     import chat
 
-    return chat.load(torch.float32)
+    return chat.load("f32")
 
 
 def test_the_chat_never_mentions_torchhal_outside_its_questions() -> None:
@@ -53,14 +54,15 @@ class TestModel:
         import compare
 
         model, tokenizer = loaded
-        ledger = compare.Ledger(model)
+        ledger = compare.Ledger({"torch": model, "torchhal": model})
         alone = chat.ask(model, tokenizer, QUESTION, 8)
         with ledger.under("torchhal"):
             ours = chat.ask(model, tokenizer, QUESTION, 8)
         assert ours.tokens == alone.tokens
         assert "Paris" in ours.text
         assert ledger.passes == len(ours.tokens)
-        assert ledger.served == {"cpu_x86": model.config.num_hidden_layers * ledger.passes}
+        layers = model.config.num_hidden_layers
+        assert ledger.served == {"attention": {"cpu_x86": layers * ledger.passes}, "matmul": {}}
 
     def test_logits_along_the_answer_differ_by_rounding_alone(self, loaded: Any) -> None:
         import chat
@@ -79,10 +81,10 @@ class TestModel:
         import compare
 
         model, tokenizer = loaded
-        ledger = compare.Ledger(model)
+        ledger = compare.Ledger({"torch": model, "torchhal": model})
         with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), ledger.under("torchhal"):
             chat.ask(model, tokenizer, QUESTION, 1)  # the user has chosen torch's kernel, and the mode obeys
-        (text,) = compare.failures([], ledger, None, True, "cpu_x86")
+        (text,) = compare.failures([], ledger, None, True, BACKENDS)
         layers = model.config.num_hidden_layers
         assert text == f"in this process: expected {layers} attention calls served by cpu_x86, and found none"
 
@@ -90,13 +92,81 @@ class TestModel:
         import chat
         import compare
 
-        ledger = compare.Ledger(loaded[0])
+        ledger = compare.Ledger(dict.fromkeys(("torch", "torchhal"), loaded[0]))
         answers = [chat.Answer([1], tokens, "", 1.0, 1.0) for tokens in ([5, 6, 7], [5, 6, 8])]
         differing = compare.Comparison(
             "Who?", {"torch": answers[:1], "torchhal": answers[1:]}, logit_difference=1.0, logit_range=1.0
         )
-        texts = compare.failures([differing], ledger, None, True, "cpu_x86")
+        texts = compare.failures([differing], ledger, None, True, BACKENDS)
         assert "the answers to 'Who?' differ after 2 tokens" in texts
         assert not any(
-            "differ" in text for text in compare.failures([differing], ledger, None, False, "cpu_x86")
+            "differ" in text for text in compare.failures([differing], ledger, None, False, BACKENDS)
         )
+
+
+class TestBlocks:
+    """The model on the 4-bit blocks of its file."""
+
+    pytestmark = needs_model
+
+    @pytest.fixture(scope="class")
+    def blocks(self) -> Any:
+        import chat
+
+        return chat.load("q4")[0]
+
+    def test_every_layer_is_on_blocks_and_the_output_layer_on_those_of_the_embedding(
+        self, blocks: Any
+    ) -> None:
+        linears = [m for m in blocks.modules() if isinstance(m, torchhal.nn.FusedLinear)]
+        layers = blocks.config.num_hidden_layers
+        assert len(linears) == 7 * layers + 1
+        schemes = {m.packed.weight.scheme for m in linears}
+        assert schemes == {"gguf:q4_1", "gguf:q8_0"}
+        assert blocks.lm_head.packed is blocks.model.embed_tokens.packed
+        assert sum(isinstance(m, torchhal.nn.FusedMLP) for m in blocks.modules()) == layers
+        assert sum(p.numel() for p in blocks.parameters()) == (2 * layers + 1) * blocks.config.hidden_size
+
+    def test_no_second_copy_of_the_file_is_held(self, blocks: Any) -> None:
+        import chat
+
+        from torchhal.nn.report import bytes_of
+
+        assert bytes_of(blocks) < chat.file().stat().st_size * 1.01
+
+    def test_the_elements_are_those_that_transformers_expands_with_queries_and_keys_in_its_order(
+        self, blocks: Any, loaded: Any
+    ) -> None:
+        from torchhal.reference.packing import unpack
+
+        for name in ("q_proj", "k_proj", "v_proj"):
+            ours = blocks.model.layers[3].self_attn.get_submodule(name).packed.weight
+            theirs = loaded[0].model.layers[3].self_attn.get_submodule(name).weight
+            torch.testing.assert_close(unpack(ours).t(), theirs, rtol=1e-6, atol=1e-7)
+        ids = torch.tensor([[0, 7, 49151]])
+        torch.testing.assert_close(
+            blocks.model.embed_tokens(ids), loaded[0].model.embed_tokens(ids), rtol=1e-6, atol=1e-7
+        )
+
+    def test_the_next_token_is_that_of_the_expanded_model_and_every_layer_is_served(
+        self, blocks: Any, loaded: Any
+    ) -> None:
+        import chat
+        import compare
+
+        model, tokenizer = loaded
+        ledger = compare.Ledger({"torch": model, "torchhal": blocks})
+        answer = chat.ask(model, tokenizer, QUESTION, 2)
+        alone = compare.forced_logits(model, answer)
+        with ledger.under("torchhal") as quantised:
+            ours = compare.forced_logits(quantised, answer)
+        assert ours.argmax(-1).tolist() == answer.tokens
+        assert (ours - alone).abs().max() < 2e-3, "rounding alone: both have the same weights"
+        assert ledger.expected == {"attention": 60, "matmul": 422}
+        assert {family: sum(calls.values()) for family, calls in ledger.served.items()} == ledger.expected
+
+    def test_a_tensor_of_another_kind_of_model_is_refused(self) -> None:
+        import quantized
+
+        with pytest.raises(SystemExit, match="blk.0.ssm_in.weight is none of a model of the Llama family"):
+            quantized.name_of("blk.0.ssm_in.weight")

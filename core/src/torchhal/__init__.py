@@ -19,13 +19,13 @@ from torchhal import errors, pointwise
 from torchhal.attention import attention, merge_attention, paged_attention, varlen_attention
 from torchhal.context_parallel import context_parallel
 from torchhal.hookspecs import hookimpl
-from torchhal.matmul import matmul, pack_weight
+from torchhal.matmul import gguf_weight, matmul, pack_weight
 from torchhal.problems import SPEC_VERSION, BackendInfo, Capabilities, Decline, Plan, Problem
 from torchhal.scope import use
 from torchhal.selection import Route, explain, routes
 
 if TYPE_CHECKING:
-    from torchhal import deploy, optim
+    from torchhal import deploy, nn, optim
     from torchhal.block_masks import create_block_mask
     from torchhal.cache import cache_store, load_cache, save_cache
     from torchhal.foreach import foreach_map
@@ -48,6 +48,7 @@ _WHEN_ASKED_FOR: Final = {
     "foreach_reduce": "torchhal.reductions",
     "install": "torchhal.installation",
     "load_cache": "torchhal.cache",
+    "nn": "",
     "optim": "",
     "save_cache": "torchhal.cache",
 }
@@ -89,11 +90,13 @@ __all__ = [
     "foreach_map",
     "foreach_norm",
     "foreach_reduce",
+    "gguf_weight",
     "hookimpl",
     "install",
     "load_cache",
     "matmul",
     "merge_attention",
+    "nn",
     "optim",
     "pack_weight",
     "paged_attention",

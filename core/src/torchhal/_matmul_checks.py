@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchhal.operands import PackedWeight
+from torchhal.operands import Packed
 
 
 def operand_fault(a: object, b: object, bias: object) -> str:
     """The first operand that is no dense tensor of a usable rank, or an empty string."""
     if not isinstance(a, Tensor):
-        hint = "; only b may be a packed weight" if isinstance(a, PackedWeight) else ""
+        hint = "; only b may be a packed weight" if isinstance(a, Packed) else ""
         return f"a expects a tensor and got {type(a).__name__}{hint}"
-    if not isinstance(b, (Tensor, PackedWeight)):
-        return f"b expects a tensor or a packed weight (torchhal.pack_weight) and got {type(b).__name__}"
+    if not isinstance(b, (Tensor, Packed)):
+        return f"b expects a tensor or a packed weight (torchhal.pack_weight, torchhal.gguf_weight) and got {type(b).__name__}"
     if bias is not None and not isinstance(bias, Tensor):
         return f"bias expects a tensor of shape (N,) and got {type(bias).__name__}"
     return _layout_fault(a, b) or _rank_fault(a, b)
 
 
-def _layout_fault(a: Tensor, b: Tensor | PackedWeight) -> str:
+def _layout_fault(a: Tensor, b: Tensor | Packed) -> str:
     for name, tensor in (("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
             continue
@@ -33,7 +33,7 @@ def _layout_fault(a: Tensor, b: Tensor | PackedWeight) -> str:
     return ""
 
 
-def _rank_fault(a: Tensor, b: Tensor | PackedWeight) -> str:
+def _rank_fault(a: Tensor, b: Tensor | Packed) -> str:
     for name, shape in (("a", a.shape), ("b", b.shape)):
         if len(shape) == 0:
             return f"{name} expects at least one dimension and is 0-dim; multiply by a number with the * operator"
@@ -72,7 +72,7 @@ def _broadcast(left: Sequence[int], right: Sequence[int]) -> bool:
     return all(m == n or m == 1 or n == 1 for m, n in pairs)
 
 
-def type_fault(a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None) -> str:
+def type_fault(a: Tensor, b: Tensor | Packed, bias: Tensor | None) -> str:
     """What is wrong with element types and devices, or an empty string."""
     for name, dtype in (("a", a.dtype), ("b", b.dtype)):
         if not dtype.is_floating_point:

@@ -74,6 +74,8 @@ class MatmulClaims:
     """Is an int8 packed weight dequantised inside the product?"""
     packed_int4: bool = False
     """Is an int4 packed weight dequantised inside the product?"""
+    packed_gguf: bool = False
+    """Are blocks of a GGUF file (q4_0, q4_1, q8_0) dequantised inside the product?"""
     mixed_dtypes: bool = False
     """May ``a`` and ``b`` have different element types?"""
     backward: bool = False

@@ -130,10 +130,13 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
 def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
     """Can you compute this fused matrix product?
 
-    ``Plan.run(a, b, bias, operands)`` with a (..., M, K), b (..., K, N) or a
-    :class:`torchhal.operands.PackedWeight` of logical shape (K, N), bias (N,) or None, and
-    ``operands`` (:class:`torchhal.operands.MatmulOperands`) with the captured tensors of each function; returns
-    a tuple with one tensor (..., M, N) for each output of the epilogue, in ``problem.out_dtypes``.
+    ``Plan.run(a, b, bias, operands)`` with a (..., M, K), b (..., K, N) or a packed weight of logical shape (K, N),
+    bias (N,) or None, and ``operands`` (:class:`torchhal.operands.MatmulOperands`) with the captured tensors of each
+    function; returns a tuple with one tensor (..., M, N) for each output of the epilogue, in ``problem.out_dtypes``.
+
+    Of a packed weight ``problem.packing`` is the scheme: a :class:`torchhal.operands.PackedWeight` (the features
+    ``packed_int8`` and ``packed_int4``) or a :class:`torchhal.operands.GGUFWeight` (``packed_gguf``). Its elements are those
+    that their docstrings say, in float32 (float64 for float64), never rounded to the weight's own type.
 
     Functions take ``(value)`` or ``(value, batch, row, col)``, int32 indices counted in the operand they
     apply to (``a``: row m, col k; ``b``: row k, col n; epilogue: row m, col n). Prologues see the element
@@ -142,7 +145,9 @@ def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
     When called
         once for each distinct problem, on a plan-cache miss.
     Must
-        accumulate in float32 or wider, round once at the store; give ``epilogue(bias)`` for K = 0.
+        accumulate in float32 or wider, round once at the store; give ``epilogue(bias)`` for K = 0; name in
+        ``Plan.unfused`` each prologue, bias, epilogue or dequantisation of the problem that is done in a pass of its own
+        over a whole operand or result: a call with ``fusion="require"`` then goes to another backend.
     May
         move factors that commute with the product between prologue and epilogue.
     Reference

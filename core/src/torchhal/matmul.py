@@ -14,7 +14,7 @@ from torchhal import scope
 from torchhal._caches import fast_cache
 from torchhal._matmul_checks import captured_fault, operand_fault, out_dtype_fault, shape_fault, type_fault
 from torchhal.errors import InvalidProblem
-from torchhal.operands import MatmulOperands, PackedWeight
+from torchhal.operands import GGUFWeight, MatmulOperands, Packed, PackedWeight
 from torchhal.pointwise import Captured, capture_cached
 from torchhal.problems import MatmulProblem
 from torchhal.registry import blame
@@ -40,16 +40,18 @@ class Call(NamedTuple):
     """Everything one matmul call says, after user functions were captured."""
 
     a: Tensor
-    b: Tensor | PackedWeight
+    b: Tensor | Packed
     bias: Tensor | None = None
     functions: Functions = NO_FUNCTIONS
     out_dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
     backend: str | None = None
+    fused: bool = False
+    """Whether a plan that leaves something unfused counts as declined."""
 
 
 def matmul(
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     *,
     bias: Tensor | None = None,
     a_prologue: Callable[..., Tensor] | None = None,
@@ -57,6 +59,7 @@ def matmul(
     epilogue: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
     out_dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     backend: str | None = None,
+    fusion: str = "report",
 ) -> Tensor | tuple[Tensor, ...]:
     """``epilogue(a_prologue(a) @ b_prologue(b) + bias)`` in one pass, on the best backend there is.
 
@@ -68,8 +71,8 @@ def matmul(
 
     Args:
         a: (..., M, K) or (K,), floating point, any strides.
-        b: (..., K, N) or (K,), or a :class:`PackedWeight` of shape (K, N). Batch dimensions broadcast, and
-            vectors are treated, as in ``torch.matmul``.
+        b: (..., K, N) or (K,), or a packed weight of shape (K, N), from :func:`pack_weight` or
+            :func:`gguf_weight`. Batch dimensions broadcast, and vectors are treated, as in ``torch.matmul``.
         bias: (N,), in the type of ``a`` or ``b`` or in float32.
         a_prologue: applied to each element of ``a``.
         b_prologue: applied to each element of ``b``.
@@ -77,6 +80,9 @@ def matmul(
         out_dtype: floating type of the results, or a tuple with one for each; by default floating results have
             the promoted type of ``a`` and ``b``, and others (a comparison) their own.
         backend: name of the backend to use; overrides every other choice.
+        fusion: what happens where a backend does a prologue, the bias, the epilogue or the dequantisation of ``b`` in
+            a pass of its own instead of inside the product: ``"report"`` names it in the Route, ``"require"`` counts
+            it as declined, with a code such as ``unfused_epilogue``, so that the next backend is asked.
 
     Returns:
         (..., M, N); a tuple of such tensors if ``epilogue`` returns a tuple. Accumulated in float32 or
@@ -90,14 +96,26 @@ def matmul(
     if torch.compiler.is_dynamo_compiling():
         from torchhal import compiled
 
-        return compiled.matmul(a, b, bias, a_prologue, b_prologue, epilogue, out_dtype, backend)  # type: ignore[no-any-return]
+        return compiled.matmul(a, b, bias, a_prologue, b_prologue, epilogue, out_dtype, backend, fusion)  # type: ignore[no-any-return]
+    fused = fusion != "report" and is_required(fusion)
     functions = NO_FUNCTIONS
     if a_prologue is not None or b_prologue is not None or epilogue is not None:
         fault = operand_fault(a, b, bias)
         if fault:
             raise InvalidProblem(fault)
         functions = capture_functions(element_dtype(a, b), a_prologue, b_prologue, epilogue)
-    return run(Call(a, b, bias, functions, out_dtype, backend))
+    return run(Call(a, b, bias, functions, out_dtype, backend, fused))
+
+
+def is_required(fusion: object) -> bool:
+    """Whether this ``fusion`` of :func:`matmul` refuses what is not fused.
+
+    Raises:
+        InvalidProblem: it is neither ``"report"`` nor ``"require"``.
+    """
+    if not isinstance(fusion, str) or fusion not in ("report", "require"):
+        raise InvalidProblem(f'fusion expects "report" or "require" and got {fusion!r}')
+    return fusion == "require"
 
 
 def pack_weight(
@@ -132,12 +150,35 @@ def pack_weight(
     return pack(weight, bits=bits, group=group, symmetric=symmetric, transposed=transposed)
 
 
+def gguf_weight(data: Any, kind: str, *, dtype: torch.dtype = torch.float32) -> GGUFWeight:
+    """A weight whose blocks come from a GGUF file, for :func:`matmul` to multiply by as they are, without requantising.
+
+    With the ``gguf`` package: ``gguf_weight(t.data, t.tensor_type.name.lower())`` for a tensor ``t`` of a ``GGUFReader``.
+
+    Args:
+        data: (N, K / 32 * bytes of a block) uint8, a tensor or a numpy array. A tensor and an array that may be written to
+            share their memory with the weight; an array that may not, such as a reader's map of its file, is copied.
+        kind: ``q4_0``, ``q4_1`` or ``q8_0``; :class:`torchhal.operands.GGUFWeight` has the layouts.
+        dtype: floating type that the weight stands for: with the type of ``a`` it makes that of a product. Its elements
+            are never rounded to it.
+
+    Returns:
+        The weight, of logical shape (K, N): as a packed ``nn.Linear.weight`` that is (N, K).
+
+    Raises:
+        InvalidProblem: another kind of block, or data that are no rows of whole blocks.
+    """
+    from torchhal.reference.packing import gguf_weight as wrap
+
+    return wrap(data, kind, dtype)
+
+
 # ---------------------------------------------------------------------------- the eager path
 
 
 def run(call: Call) -> Tensor | tuple[Tensor, ...]:
     """Serve a call whose functions are captured."""
-    a, b, bias, functions, _, _ = call
+    a, b, bias, functions, *_ = call
     rows, columns, selected = _prepare(call)
     selected.record()
     left = a.unsqueeze(0) if rows == 1 else a
@@ -158,7 +199,7 @@ def _prepare(call: Call) -> tuple[int, int, Selected]:
         fault = (
             ""
             if plain
-            else shape_fault(left, right, None if bias is None else bias.shape, isinstance(b, PackedWeight))
+            else shape_fault(left, right, None if bias is None else bias.shape, isinstance(b, Packed))
         )
         key = _key(call)
     except (AttributeError, IndexError, RuntimeError):
@@ -176,7 +217,7 @@ def _prepare(call: Call) -> tuple[int, int, Selected]:
 def _dispatch(
     selected: Selected,
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     bias: Tensor | None,
     operands: MatmulOperands | None,
 ) -> tuple[Tensor, ...]:
@@ -195,13 +236,13 @@ def _dispatch(
 
 def choose(call: Call) -> Selected:
     """The selection for a call, from its Problem."""
-    return select(build_problem(call), call.backend)
+    return select(build_problem(call), call.backend, fused=call.fused)
 
 
 def _key(call: Call) -> tuple[object, ...]:
     """Whatever :func:`build_problem` reads of a call: equal keys give equal problems."""
-    a, b, bias, functions, out_dtype, backend = call
-    if isinstance(b, PackedWeight):
+    a, b, bias, functions, out_dtype, backend, fused = call
+    if isinstance(b, Packed):
         weight: tuple[object, ...] = (b.scheme,)
     else:
         weight = (b.dim() > 2, b.layout, b.is_nested, b.requires_grad)
@@ -209,7 +250,7 @@ def _key(call: Call) -> tuple[object, ...]:
     captured = None if functions is NO_FUNCTIONS else tuple(_function_key(f) for f in functions)
     return (
         a.dtype, b.dtype, a.device, b.device, a.dim() > 2, a.layout, a.is_nested, a.requires_grad, weight, added, captured,
-        out_dtype, torch.is_grad_enabled(), backend, scope.current.state,
+        out_dtype, torch.is_grad_enabled(), backend, fused, scope.current.state,
     )  # fmt: skip
 
 
@@ -221,7 +262,7 @@ def _function_key(function: Captured | None) -> object:
     )
 
 
-def _learns(b: Tensor | PackedWeight) -> bool:
+def _learns(b: Tensor | Packed) -> bool:
     return isinstance(b, Tensor) and b.requires_grad
 
 
@@ -246,11 +287,11 @@ def build_problem(call: Call) -> MatmulProblem:
     Raises:
         InvalidProblem: the call means nothing on any backend.
     """
-    a, b, bias, functions, out_dtype, _ = call
+    a, b, bias, functions, out_dtype, *_ = call
     shape = None if bias is None else bias.shape
     fault = (
         operand_fault(a, b, bias)
-        or shape_fault(a.shape, b.shape, shape, isinstance(b, PackedWeight))
+        or shape_fault(a.shape, b.shape, shape, isinstance(b, Packed))
         or type_fault(a, b, bias)
     )
     for name, function in functions._asdict().items():
@@ -265,13 +306,13 @@ def build_problem(call: Call) -> MatmulProblem:
         b_dtype=b.dtype,
         out_dtypes=_out_dtypes(a, b, functions.epilogue, out_dtype),
         bias_dtype=None if bias is None else bias.dtype,
-        packing=b.scheme if isinstance(b, PackedWeight) else None,
+        packing=b.scheme if isinstance(b, Packed) else None,
         **graphs,
     )
 
 
 def _features(call: Call) -> list[str]:
-    a, b, bias, functions, _, _ = call
+    a, b, bias, functions, *_ = call
     bits = b.bits if isinstance(b, PackedWeight) else None
     captured = [t for f in functions if f is not None for t in f.tensors]
     grad = torch.is_grad_enabled()
@@ -285,6 +326,7 @@ def _features(call: Call) -> list[str]:
         "captured_tensors": bool(captured),
         "packed_int8": bits == 8,
         "packed_int4": bits == 4,
+        "packed_gguf": isinstance(b, GGUFWeight),
         "mixed_dtypes": a.dtype != b.dtype,
         "backward": grad and (a.requires_grad or _learns(b) or (bias is not None and bias.requires_grad)),
         "captured_gradient": grad and any(t.requires_grad for t in captured),
@@ -294,7 +336,7 @@ def _features(call: Call) -> list[str]:
 
 def _out_dtypes(
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     epilogue: Captured | None,
     out_dtype: torch.dtype | tuple[torch.dtype, ...] | None,
 ) -> tuple[torch.dtype, ...]:
@@ -320,7 +362,7 @@ def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 # ---------------------------------------------------------------------------- user functions
 
 
-def element_dtype(a: Tensor, b: Tensor | PackedWeight) -> torch.dtype:
+def element_dtype(a: Tensor, b: Tensor | Packed) -> torch.dtype:
     """The type values have inside the functions: float32, or float64 where an operand is."""
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -144,8 +144,15 @@ class PackedWeight:
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and names that :meth:`from_state` reads back, also through ``torch.load(weights_only=True)``."""
-        content = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**content, "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+        return {
+            "data": self.data,
+            "scale": self.scale,
+            "zero": self.zero,
+            "bits": self.bits,
+            "group": self.group,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> PackedWeight:
@@ -159,13 +166,130 @@ class PackedWeight:
             raise InvalidProblem(
                 f"the state of a packed weight has the entries {sorted(expected)}; got {sorted(state)}"
             )
-        dtype = getattr(torch, str(state["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise InvalidProblem(
-                f"'dtype' in the state of a packed weight names a torch dtype; got {state['dtype']!r}"
-            )
         rows, columns = state["shape"]
-        return PackedWeight(**{**state, "shape": (int(rows), int(columns)), "dtype": dtype})
+        return PackedWeight(**{**state, "shape": (int(rows), int(columns)), "dtype": _dtype_of(state)})
 
 
 _STORAGE = {8: torch.int8, 4: torch.uint8}
+
+
+class GGUFBlock(NamedTuple):
+    """How 32 neighbours along K of one output column are stored: a scale, perhaps a minimum, then the quants."""
+
+    size: int
+    """Bytes."""
+    bits: int
+    """Of a quant: 4, of which two share a byte, elements 0 to 15 in the low halves and 16 to 31 in the high ones, or 8."""
+    minimum: bool
+    """Whether a minimum is added to scale times quant; else 4-bit quants are 8 too large."""
+
+
+GGUF_BLOCKS: Final[Mapping[str, GGUFBlock]] = {
+    "q4_0": GGUFBlock(18, 4, False),
+    "q4_1": GGUFBlock(20, 4, True),
+    "q8_0": GGUFBlock(34, 8, False),
+}
+"""The kinds of block that are used as they are; ``ggml-common.h`` of the ggml project (block_q4_0, block_q4_1, block_q8_0)
+is where the layouts come from."""
+
+GGUF_BLOCK_ELEMENTS: Final = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFWeight:
+    """A weight matrix of logical shape (K, N) in blocks of a GGUF file, used as they are; by :func:`torchhal.gguf_weight`.
+
+    Row n of ``data`` holds column n of the weight (a row of ``nn.Linear.weight``) as K / 32 blocks. A block begins with its
+    scale ``d``, a little-endian float16. ``q4_0``: 16 bytes follow, two quants in each, elements 0 to 15 in the low
+    halves and 16 to 31 in the high ones; an element is ``d * (q - 8)``. ``q4_1``: a float16 minimum ``m``, then 16 bytes
+    alike; ``d * q + m``. ``q8_0``: 32 signed bytes; ``d * q``. Elements are computed in float32 (float64 in products of float64).
+
+    Raises:
+        InvalidProblem: the parts do not belong together; says which and what was expected.
+    """
+
+    data: Tensor
+    """(N, K / 32 * bytes of a block) uint8."""
+    kind: str
+    """``q4_0``, ``q4_1`` or ``q8_0``."""
+    dtype: torch.dtype
+    """Floating type that the weight stands for: with the type of ``a`` it makes that of a product."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GGUF_BLOCKS:
+            known = ", ".join(GGUF_BLOCKS)
+            raise InvalidProblem(
+                f"the kind of a GGUF weight is one of {known}; got {self.kind!r}: dequantise other kinds and pass a tensor"
+            )
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise InvalidProblem(f"a GGUF weight dequantises to a floating type; got {self.dtype}")
+        data, size = self.data, GGUF_BLOCKS[self.kind].size
+        if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] % size:
+            got = f"{tuple(data.shape)} {data.dtype}"
+            raise InvalidProblem(
+                f"'data' of a {self.kind} weight must be (N, bytes of a row) torch.uint8, rows of whole blocks of {size} "
+                f"bytes; got {got}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        columns, row = self.data.shape
+        return row // GGUF_BLOCKS[self.kind].size * GGUF_BLOCK_ELEMENTS, columns
+
+    @property
+    def scheme(self) -> str:
+        """``gguf:`` and the kind: the ``packing`` of a MatmulProblem."""
+        return f"gguf:{self.kind}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> GGUFWeight:
+        """The same weight on another device."""
+        return replace(self, data=self.data.to(device))
+
+    def state(self) -> dict[str, Any]:
+        """A tensor and names that :meth:`from_state` reads back, also through ``torch.load(weights_only=True)``."""
+        return {"data": self.data, "kind": self.kind, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> GGUFWeight:
+        """The weight whose :meth:`state` this is.
+
+        Raises:
+            InvalidProblem: entries are missing, unknown, or do not belong together.
+        """
+        expected = {f.name for f in fields(GGUFWeight)}
+        if set(state) != expected:
+            raise InvalidProblem(
+                f"the state of a GGUF weight has the entries {sorted(expected)}; got {sorted(state)}"
+            )
+        return GGUFWeight(state["data"], state["kind"], _dtype_of(state))
+
+
+Packed: TypeAlias = PackedWeight | GGUFWeight
+"""A weight that is dequantised inside the product."""
+
+
+def packed_from_state(state: Mapping[str, Any]) -> Packed:
+    """The weight whose ``state()`` this is, of whichever kind.
+
+    A ``state()`` is flat: tensors by name, and numbers, names and None beside them. A module keeps the tensors as buffers
+    and the rest as extra state, and hands both back together.
+
+    Raises:
+        InvalidProblem: entries are missing, unknown, or do not belong together.
+    """
+    return (GGUFWeight if "kind" in state else PackedWeight).from_state(state)
+
+
+def _dtype_of(state: Mapping[str, Any]) -> torch.dtype:
+    dtype = getattr(torch, str(state["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidProblem(
+            f"'dtype' in the state of a packed weight names a torch dtype; got {state['dtype']!r}"
+        )
+    return dtype

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from torchhal import scope
-from torchhal._text import dtype_from_name, dtype_name
-from torchhal.operands import AttentionOperands, MatmulOperands, PackedWeight, empty_output
+from torchhal.operands import AttentionOperands, MatmulOperands, Packed, empty_output, packed_from_state
 from torchhal.ops import Description, Operator, call, define
 from torchhal.problems import AttentionProblem, ForeachProblem, MatmulProblem, Plan
 from torchhal.reference.attention import score_dtype
@@ -78,7 +77,7 @@ def _attention_shapes(
 
 
 def matmul(
-    route: Route, a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+    route: Route, a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
 ) -> tuple[Tensor, ...]:
     """Record a fused matrix product as one operator."""
     carried = operands or MatmulOperands()
@@ -89,37 +88,21 @@ def matmul(
     return tuple(call(route, tensors, description))
 
 
-def unpack_tensors(b: Tensor | PackedWeight) -> tuple[list[Tensor], Description | None]:
-    """The tensors of a weight, and for a packed one what else it holds."""
+def unpack_tensors(b: Tensor | Packed) -> tuple[list[Tensor], Description | None]:
+    """The tensors of a weight, and for a packed one what else it holds, with the names of the tensors."""
     if isinstance(b, Tensor):
         return [b], None
-    tensors = [b.data, b.scale] + ([] if b.zero is None else [b.zero])
-    return tensors, {
-        "bits": b.bits,
-        "group": b.group,
-        "shape": list(b.shape),
-        "dtype": dtype_name(b.dtype),
-        "zero": b.zero is not None,
-    }
+    state = b.state()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in state.items() if name not in tensors}
+    return list(tensors.values()), {"tensors": list(tensors), "rest": rest}
 
 
-def pack_tensors(tensors: Iterator[Tensor], packing: Description | None) -> Tensor | PackedWeight:
+def pack_tensors(tensors: Iterator[Tensor], packing: Description | None) -> Tensor | Packed:
     """The inverse of :func:`unpack_tensors`, taking as many tensors as the weight has."""
-    first = next(tensors)
     if packing is None:
-        return first
-    scale = next(tensors)
-    zero = next(tensors) if packing["zero"] else None
-    rows, columns = packing["shape"]
-    return PackedWeight(
-        first,
-        scale,
-        zero,
-        packing["bits"],
-        packing["group"],
-        (rows, columns),
-        dtype_from_name(packing["dtype"]),
-    )
+        return next(tensors)
+    return packed_from_state({**{name: next(tensors) for name in packing["tensors"]}, **packing["rest"]})
 
 
 def _run_matmul(
@@ -132,7 +115,7 @@ def _run_matmul(
     return plan.run(a, b, bias, MatmulOperands(*groups))  # type: ignore[no-any-return]
 
 
-def matmul_shape(a: Tensor | PackedWeight, b: Tensor | PackedWeight) -> list[Any]:
+def matmul_shape(a: Tensor | Packed, b: Tensor | Packed) -> list[Any]:
     """(..., M, N) of operands with at least two dimensions."""
     batch = torch.broadcast_shapes(a.shape[:-2], tuple(b.shape[:-2]))  # type: ignore[no-untyped-call]
     return [*batch, a.shape[-2], b.shape[-1]]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -31,7 +31,7 @@ __all__ = [
     "PROBLEMS", "SPEC_VERSION",
     "Problem", "AttentionProblem", "MatmulProblem", "ForeachProblem", "ContextParallelProblem", "CacheStoreProblem",
     "DeployProblem",
-    "Plan", "Decline",
+    "Plan", "Decline", "FUSIONS",
     "AttentionClaims", "MatmulClaims", "ForeachClaims", "ContextParallelClaims", "CacheStoreClaims", "DeployClaims",
     "Capabilities", "BackendInfo",
 ]  # fmt: skip
@@ -145,7 +145,7 @@ class MatmulProblem(Problem):
     b_prologue: Graph | None = None
     epilogue: Graph | None = None
     packing: str | None = None
-    """Scheme of a packed weight, for example ``int8`` or ``int4:group=32:asymmetric``; None for a plain tensor."""
+    """Scheme of a packed weight, for example ``int4:group=32:asymmetric`` or ``gguf:q4_1``; None for a plain tensor."""
 
     @cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
@@ -220,6 +220,9 @@ PROBLEMS: Mapping[str, type[Problem]] = {
 
 # ---------------------------------------------------------------------------- answers
 
+FUSIONS: Final = ("a_prologue", "b_prologue", "bias", "epilogue", "packed_int8", "packed_int4", "packed_gguf")
+"""The features of a matrix product that one pass over its operands can serve, or a pass of their own."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -250,10 +253,27 @@ class Plan:
     gradients, and that all operands are of the kinds that ``problem.operands`` says, the core has made sure."""
     workspace: str = "none"
     """Extra memory beyond the outputs, as a formula in the problem's lengths, for example ``O(L)``."""
+    unfused: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of a matrix product: each of the problem's :data:`FUSIONS` that ``run`` does in a pass of its own, over a whole
+    operand or result, and why. Empty promises that one pass does everything."""
 
     def __post_init__(self) -> None:
         if not callable(self.run):
             raise InvalidProblem(f"the run of a Plan expects a function and got {self.run!r}")
+        for name, why in self.unfused.items():
+            if name not in FUSIONS or not why:
+                raise InvalidProblem(
+                    f"the unfused of a Plan expects a reason for each of {', '.join(FUSIONS)} that it concerns; "
+                    f"got {name!r}: {why!r}"
+                )
+
+    def require_fused(self) -> Plan | Decline:
+        """This plan, or for a caller that takes nothing unfused, the no that it amounts to."""
+        if not self.unfused:
+            return self
+        names = [name for name in FUSIONS if name in self.unfused]
+        reasons = "; ".join(f"{name}: {self.unfused[name]}" for name in names)
+        return Decline(f"unfused_{names[0]}", f"does not fuse {reasons}")
 
 
 @dataclass(frozen=True)

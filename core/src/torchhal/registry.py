@@ -88,6 +88,12 @@ class Backend:
                 "hook_error",
                 f"hook {name} of backend '{self.name}' returned {answer!r} instead of a Plan or a Decline",
             )
+        foreign = sorted(set(answer.unfused) - problem.features) if isinstance(answer, Plan) else ()
+        if foreign:
+            return Decline(
+                "hook_error",
+                f"hook {name} of backend '{self.name}' leaves {', '.join(foreign)} unfused, which this problem has not",
+            )
         return answer
 
 

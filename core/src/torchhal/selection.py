@@ -12,7 +12,7 @@ import itertools
 import json
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +22,7 @@ from torchhal import environment, lock, scope
 from torchhal import registry as registry_module
 from torchhal._caches import fast_cache, forget_all
 from torchhal.errors import AmbiguousBackends, BackendWarning, FallbackWarning, InvalidProblem, Unsupported
-from torchhal.problems import Decline, Plan, Problem
+from torchhal.problems import FUSIONS, Decline, Plan, Problem
 from torchhal.registry import REFERENCE, Backend, Registry, registry
 
 TORCH: Final = "torch"
@@ -45,6 +45,8 @@ class Route:
     description: str = ""
     """The chosen plan in one line."""
     declined: tuple[tuple[str, Decline], ...] = ()
+    unfused: Mapping[str, str] = field(default_factory=dict)
+    """What the chosen plan of a matrix product does in a pass of its own, and why; see :attr:`Plan.unfused`."""
     _calls: Any = field(default_factory=lambda: itertools.count(), repr=False)
 
     @property
@@ -62,14 +64,20 @@ class Route:
             "rule": self.rule,
             "description": self.description,
             "declined": [{"backend": name, "code": d.code, "reason": d.reason} for name, d in self.declined],
+            "unfused": dict(self.unfused),
             "count": self.count,
         }
         return json.dumps(content, indent=2)
+
+    def unfused_texts(self) -> list[str]:
+        """One line for each part that the chosen plan does not fuse."""
+        return [f"{name}: {self.unfused[name]}" for name in FUSIONS if name in self.unfused]
 
     def __str__(self) -> str:
         lines = [f"{self.problem.summary()}", f"  chosen: {self.chosen or 'nobody'} by {self.rule}"]
         if self.description:
             lines[1] += f" ({self.description})"
+        lines += [f"  unfused {text}" for text in self.unfused_texts()]
         lines += [f"  {name}: {decline}" for name, decline in self.declined]
         return "\n".join(lines)
 
@@ -168,7 +176,12 @@ def explain(fn: Callable[..., object], *args: object, **kwargs: object) -> Route
 
 
 def select(
-    problem: Problem, backend: str | None = None, *, strict: bool | None = None, or_torch: bool = False
+    problem: Problem,
+    backend: str | None = None,
+    *,
+    strict: bool | None = None,
+    or_torch: bool = False,
+    fused: bool = False,
 ) -> Selected:
     """The plan for ``problem`` under the policy, chosen once and cached.
 
@@ -177,6 +190,7 @@ def select(
         backend: the ``backend=`` argument of the call.
         strict: overrides ``TORCHHAL_STRICT``.
         or_torch: an automatic choice of the reference is given up in favour of torch itself.
+        fused: a plan that leaves something unfused counts as declined.
 
     Raises:
         Unsupported: an explicit choice can not be honoured, or a fallback is an error under strict mode.
@@ -184,16 +198,13 @@ def select(
     """
     scoped = scope.chosen_backend()
     if isinstance(scoped, _Explaining):
-        raise _Explained(
-            _Selection(problem, backend, str.__str__(scoped) or None, strict, or_torch).run().route
-        )
-    key = (problem, backend, scoped, strict, or_torch)
+        scoped = str.__str__(scoped) or None
+        raise _Explained(_Selection(problem, backend, scoped, strict, or_torch, fused).run().route)
+    key = (problem, backend, scoped, strict, or_torch, fused)
     selected = _selected.get(key)
     if selected is None:
         with _lock:
-            selected = _selected.get(key) or _Selection(problem, backend, scoped, strict, or_torch).run(
-                announce=True
-            )
+            selected = _selected.get(key) or _Selection(*key).run(announce=True)
             while len(_selected) >= REMEMBERED:
                 oldest = next(iter(_selected))
                 del _selected[oldest], _routes[oldest]
@@ -206,13 +217,20 @@ class _Selection:
     """One negotiation, from the strongest rule to the weakest."""
 
     def __init__(
-        self, problem: Problem, argument: str | None, scoped: str | None, strict: bool | None, or_torch: bool
+        self,
+        problem: Problem,
+        argument: str | None,
+        scoped: str | None,
+        strict: bool | None,
+        or_torch: bool,
+        fused: bool,
     ) -> None:
         self.problem = problem
         self.argument = argument
         self.scoped = scoped
         self.strict = environment.strict() if strict is None else strict
         self.or_torch = or_torch
+        self.fused = fused
         self.registry: Registry = registry()
         self.declined: dict[str, Decline] = {}
         self.passed_over: list[str] = []
@@ -260,9 +278,13 @@ class _Selection:
             return None
         return names, rule
 
+    def _ask(self, backend: Backend) -> Plan | Decline:
+        answer = backend.ask(self.problem)
+        return answer.require_fused() if self.fused and isinstance(answer, Plan) else answer
+
     def _by_name(self, names: list[str], rule: str) -> Selected:
         for name in names:
-            answer = self.registry.get(name).ask(self.problem)
+            answer = self._ask(self.registry.get(name))
             if isinstance(answer, Plan):
                 return self._choose(name, answer, rule, explicit=True)
             self.declined[name] = answer
@@ -281,7 +303,7 @@ class _Selection:
         name = locked.backend_for(self.problem)
         if name is None or name not in self.registry.backends:
             return None
-        answer = self.registry.backends[name].ask(self.problem)
+        answer = self._ask(self.registry.backends[name])
         if isinstance(answer, Plan):
             return self._choose(name, answer, f"the lock file {locked.path}")
         self._pass_over(name, answer)
@@ -319,7 +341,7 @@ class _Selection:
     def _ask_all(self, group: list[Backend]) -> list[tuple[str, Plan]]:
         plans = []
         for backend in group:
-            answer = backend.ask(self.problem)
+            answer = self._ask(backend)
             if isinstance(answer, Plan):
                 plans.append((backend.name, answer))
             else:
@@ -347,7 +369,7 @@ class _Selection:
             return _selected_of(
                 None, Route(self.problem, TORCH, rule, "torch's own implementation", declined)
             )
-        return _selected_of(plan, Route(self.problem, name, rule, plan.description, declined))
+        return _selected_of(plan, Route(self.problem, name, rule, plan.description, declined, plan.unfused))
 
     # -- texts
 

@@ -253,6 +253,48 @@ typedef struct thal_map {
 
 THAL_API int thal_map_run(const thal_map* map);
 
+/* Packed weights, (rows, columns). I8 and I4: quants in rows, contiguous, with a scale and perhaps a zero for each column of
+ * each group of rows; element (q - zero) * scale. I8: signed bytes. I4: the even rows in the low halves of bytes, each stored
+ * as q + 8. The others are blocks of a GGUF file: `columns` lines of rows / 32 blocks of 18, 20 and 34 bytes: a float16 scale d,
+ * for Q4_1 a float16 minimum m, then 16 bytes of which element i < 16 has the low half of byte i and element 16 + i the high
+ * one, or 32 signed bytes; elements d * (q - 8), d * q + m and d * q. */
+enum { THAL_PACKED_I8 = 0, THAL_PACKED_I4 = 1, THAL_PACKED_Q4_0 = 2, THAL_PACKED_Q4_1 = 3, THAL_PACKED_Q8_0 = 4, THAL_PACKED_SCHEMES = 5 };
+
+typedef struct thal_packed {
+  int32_t scheme;
+  int32_t transposed; /* b is the weight's transpose */
+  int64_t rows, columns, group;
+  const void* data;
+  const float *scale, *zero; /* (ceil(rows / group), columns), of I8 and I4; zero may be null */
+} thal_packed;
+
+/* out_i = epilogue_i(a_prologue(a) @ b_prologue(b) + bias), each (batches, M, N), contiguous. Functions take (value) or
+ * (value, batch, row, column), int32 indices that count in the operand the function applies to; values and sums are float32,
+ * or float64 where a or b is. */
+typedef struct thal_matmul {
+  uint32_t struct_size; /* sizeof(thal_matmul) */
+  int32_t isa;
+  int32_t a_type, b_type, bias_type; /* THAL_F32 ... THAL_F64 */
+  int32_t num_threads;
+  int32_t batch_dims, outputs;  /* batch_dims at most 16; without an epilogue one output */
+  int64_t M, N, K, batches;     /* batches: the product of batch_sizes */
+  const int64_t *batch_sizes, *a_batch_stride, *b_batch_stride;
+  const void *a, *b, *bias;     /* (M, K), (K, N), (N) or null */
+  int64_t a_stride[2], b_stride[2], bias_stride;
+  const thal_function *a_prologue, *b_prologue, *epilogue; /* null: none */
+  /* Places in torchhal.pointwise.dtypes.DTYPES: of the epilogue's results, else what sums are rounded to: float32 or a
+   * 16-bit floating type, or float64 of sums of that type. */
+  const int32_t* out_types;
+  void* const* out;
+  thal_parallel parallel; /* may be null when num_threads == 1 */
+  void* parallel_user;
+  const thal_packed* packed; /* null: none. Else it is b for every batch, and b, its strides and batch strides are not read */
+} thal_matmul;
+
+/* Results do not depend on num_threads. Allocates what it packs: at most kSharedLeftBytes and kSharedRightBytes of matmul.hpp, and for each thread
+ * about a megabyte. */
+THAL_API int thal_matmul_run(const thal_matmul* call);
+
 /* Measurements. Each returns the result, or -code. */
 /* Best float32 FMA rate in GFLOP/s over `repeats` short runs on num_threads threads. */
 THAL_API double thal_measure_fma(int32_t isa, int32_t repeats, int32_t num_threads, thal_parallel parallel, void* user);

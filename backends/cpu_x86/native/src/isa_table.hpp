@@ -6,6 +6,8 @@
 #include "attention_tile.hpp"
 #include "gradient_tile.hpp"
 #include "map_rows.hpp"
+#include "matmul_tile.hpp"
+#include "packed_skinny.hpp"
 
 namespace {
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "panel_source.hpp"
 #include "program.hpp"
 
 namespace thal {
@@ -108,6 +109,26 @@ struct GradientPlan;
 struct GradientItem;
 struct MapPlan;
 union Partial;
+struct MatmulPlan;
+struct MatmulTile;
+struct MatmulBlock;
+struct SkinnyPart;
+
+// The parts of a fused matrix product, computed with float32 or float64; matmul.hpp says what they work on.
+struct MatmulKernels {
+  int64_t panel_rows, panel_columns;
+  void (*pack_left)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
+  void (*pack_right)(const MatmulPlan&, const MatmulBlock&, void* panels, char* scratch);
+  void (*run_tile)(const MatmulPlan&, const MatmulTile&, char* scratch);
+  PanelSource (*source)(const MatmulPlan&);  // of b
+};
+
+// The parts of a product of few rows with a packed weight; packed.hpp says what they work on.
+struct SkinnyKernels {
+  void (*pack_rows)(const MatmulPlan&, int64_t batch, float* rows, int64_t pitch, char* scratch);
+  void (*sum_part)(const MatmulPlan&, const SkinnyPart&, char* scratch);
+  void (*finish)(const MatmulPlan&, const MatmulTile&, float* tile, char* scratch);
+};
 
 struct Isa {
   int lanes;
@@ -122,6 +143,8 @@ struct Isa {
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
   void (*reduce_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch, Partial* partials);
+  MatmulKernels matmul[2];  // of float32 and of float64
+  SkinnyKernels skinny;
 };
 
 extern const Isa kAvx2;

@@ -80,6 +80,43 @@ struct Vec256 {
     if (DT == THAL_F8) return widen_f8(bytes);
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
+  // Quants of packed weights: N bytes, and N numbers of their low or high halves less ZERO.
+  using B = __m128i;
+  static B load_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const B*>(p)); }
+  static B load_bytes(const void* p, int n) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
+    return _mm_cvtsi64_si128(static_cast<long long>(bytes));
+  }
+  // Bits MASK of each word as a number less ZERO, see Vec512::pick.
+  template <int MASK, int POWER, int ZERO>
+  static F pick(I words) {
+    constexpr float base = static_cast<float>(1 << POWER);
+    const F bits = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(MASK)));
+    return sub(or_bits(bits, set1(base)), set1(base + ZERO));
+  }
+  static I load_quads(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I high_words(I x) { return _mm256_srli_epi32(x, 16); }
+  static I flip_signs(I bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi32(static_cast<int>(0x80808080u))); }
+  // Vectors of which x[j] holds numbers j, 4 + j, 8 + j, ... of a line, as that line.
+  static void interleave(F x[4]) {
+    const auto lo = [](F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); };
+    const auto hi = [](F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); };
+    const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpacklo_ps(x[2], x[3]);
+    const F c = _mm256_unpackhi_ps(x[0], x[1]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    const F fours[] = {lo(a, b), hi(a, b), lo(c, d), hi(c, d)};
+    x[0] = _mm256_permute2f128_ps(fours[0], fours[1], 0x20), x[1] = _mm256_permute2f128_ps(fours[2], fours[3], 0x20);
+    x[2] = _mm256_permute2f128_ps(fours[0], fours[1], 0x31), x[3] = _mm256_permute2f128_ps(fours[2], fours[3], 0x31);
+  }
+  template <int ZERO>
+  static F widen_low(B bytes) {
+    return pick<0x0f, 23, ZERO>(_mm256_cvtepu8_epi32(bytes));
+  }
+  template <int ZERO>
+  static F widen_high(B bytes) {
+    return pick<0xf0, 19, ZERO>(_mm256_cvtepu8_epi32(bytes));
+  }
+
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return load(static_cast<const float*>(p));

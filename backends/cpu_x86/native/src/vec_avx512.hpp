@@ -64,6 +64,42 @@ struct Vec512 {
     if (DT == THAL_F8) return widen_f8(bytes);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
+  // Quants of packed weights: N bytes, and N numbers of their low or high halves less ZERO.
+  using B = __m128i;
+  static B load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const B*>(p)); }
+  static B load_bytes(const void* p, int n) { return _mm_maskz_loadu_epi8(first(n), p); }
+  // Bits MASK of each word as a number less ZERO. Where the lowest of them has weight 1 in the fraction of 2^POWER, they are
+  // the number once that power is joined to them and subtracted: no shuffle, no conversion.
+  template <int MASK, int POWER, int ZERO>
+  static F pick(I words) {
+    constexpr float base = static_cast<float>(1 << POWER);
+    const I bits = _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(MASK), _mm512_castps_si512(set1(base)), 0xea);
+    return sub(_mm512_castsi512_ps(bits), set1(base + ZERO));
+  }
+  static I load_quads(const void* p) { return _mm512_loadu_si512(p); }
+  static I high_words(I x) { return _mm512_srli_epi32(x, 16); }
+  static I flip_signs(I bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi32(static_cast<int>(0x80808080u))); }
+  // Vectors of which x[j] holds numbers j, 4 + j, 8 + j, ... of a line, as that line.
+  static void interleave(F x[4]) {
+    const auto lo = [](F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+    const auto hi = [](F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+    const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpacklo_ps(x[2], x[3]);
+    const F c = _mm512_unpackhi_ps(x[0], x[1]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    const F fours[] = {lo(a, b), hi(a, b), lo(c, d), hi(c, d)};  // numbers 16 l + 4 v to 16 l + 4 v + 3 in part l of fours[v]
+    const F e = _mm512_shuffle_f32x4(fours[0], fours[1], 0x44), f = _mm512_shuffle_f32x4(fours[2], fours[3], 0x44);
+    const F g = _mm512_shuffle_f32x4(fours[0], fours[1], 0xee), h = _mm512_shuffle_f32x4(fours[2], fours[3], 0xee);
+    x[0] = _mm512_shuffle_f32x4(e, f, 0x88), x[1] = _mm512_shuffle_f32x4(e, f, 0xdd);
+    x[2] = _mm512_shuffle_f32x4(g, h, 0x88), x[3] = _mm512_shuffle_f32x4(g, h, 0xdd);
+  }
+  template <int ZERO>
+  static F widen_low(B bytes) {
+    return pick<0x0f, 23, ZERO>(_mm512_cvtepu8_epi32(bytes));
+  }
+  template <int ZERO>
+  static F widen_high(B bytes) {
+    return pick<0xf0, 19, ZERO>(_mm512_cvtepu8_epi32(bytes));
+  }
+
   template <int DT>
   static F load_as(const void* p) {
     if (DT == THAL_F32) return _mm512_loadu_ps(p);

@@ -8,7 +8,7 @@ import torch
 
 from torchhal import Capabilities
 from torchhal.pointwise.dtypes import DTYPES
-from torchhal.problems import AttentionClaims, ForeachClaims
+from torchhal.problems import AttentionClaims, ForeachClaims, MatmulClaims
 
 CAPABILITIES: Final = Capabilities(
     attention=AttentionClaims(
@@ -37,6 +37,22 @@ CAPABILITIES: Final = Capabilities(
         mask_gradient=True,
         captured_gradient=True,
         quantized_kv=True,
+    ),
+    matmul=MatmulClaims(
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
+        batched=True,
+        bias=True,
+        a_prologue=True,
+        b_prologue=True,
+        epilogue=True,
+        auxiliary_outputs=True,
+        captured_tensors=True,
+        packed_int8=True,
+        packed_int4=True,
+        packed_gguf=True,
+        mixed_dtypes=True,
+        backward=True,
+        captured_gradient=True,
     ),
     foreach=ForeachClaims(
         dtypes=frozenset(DTYPES),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -139,26 +139,33 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
             query, key, value, operands, description, scale, text, above, lse_above, out, lse
         )
     if torch.is_grad_enabled():  # with create_graph
-        results = _FirstDerivatives.apply(
-            len(results), *results, query, key, value, *operands, above, lse_above
-        )  # type: ignore[no-untyped-call]
+        results = first_derivatives("attention", results, (query, key, value, *operands, above, lse_above))
     *found, sums = results
     main = [gradient.to(query.dtype) for gradient in found]  # those of pages are float32
     return *main, _share(sums, operands, description, Description.of_text(text)), None, None, None
 
 
-class _FirstDerivatives(torch.autograd.Function):
+def first_derivatives(
+    family: str, results: Sequence[Tensor], sources: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients that depend on the tensors behind them, and refuse to be differentiated by them."""
+    return cast(
+        tuple[Tensor, ...],
+        _FirstDerivatives.apply(family, len(results), *results, *sources),  # type: ignore[no-untyped-call]
+    )
 
+
+class _FirstDerivatives(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, family: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.family = family
         return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise Unsupported(
-            "cpu_x86 computes the first derivatives of attention and no second ones, which were asked for; call attention "
-            "with backend='reference', whose derivatives are plain torch's"
+            f"cpu_x86 computes the first derivatives of {ctx.family} and no second ones, which were asked for; call "
+            f"{ctx.family} with backend='reference', whose derivatives are plain torch's"
         )
 
 

@@ -103,6 +103,7 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "thal_map_program_new": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]),
     "thal_map_program_free": (None, [ctypes.c_int64]),
     "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
+    "thal_matmul_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_torch_register": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32]),
@@ -251,6 +252,12 @@ class Native:
     def _check_map(self, code: int) -> None:
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 foreach: {self.library.thal_error_text(code).decode()}")
+
+    def matmul(self, call: bytes) -> None:
+        """Runs a ``thal_matmul``, in which ``parallel`` is what `parallel` gives."""
+        code = self.library.thal_matmul_run(call)
+        if code:
+            raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
 
     @functools.cached_property
     def notes_writes(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torchhal import BackendInfo, Decline, Plan, hookimpl
-from torchhal.problems import AttentionProblem, ForeachProblem
-from torchhal_cpu_x86 import attention, foreach, hardware
+from torchhal.problems import AttentionProblem, ForeachProblem, MatmulProblem
+from torchhal_cpu_x86 import attention, foreach, hardware, matmul
 from torchhal_cpu_x86.capabilities import CAPABILITIES
 
 
@@ -24,6 +24,11 @@ def torchhal_backend() -> BackendInfo:
 @hookimpl
 def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
     return attention.plan(problem)
+
+
+@hookimpl
+def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
+    return matmul.plan(problem)
 
 
 @hookimpl

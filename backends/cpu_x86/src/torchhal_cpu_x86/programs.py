@@ -35,6 +35,17 @@ class Captured(ctypes.Structure):
     )
 
 
+class Function(ctypes.Structure):
+    """``thal_function`` of torchhal_cpu_x86.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("captured", ctypes.c_void_p),
+        ("captured_count", ctypes.c_int64),
+    )
+
+
 @functools.cache
 def primitive_codes() -> Mapping[str, int]:
     """The library's number for each primitive, by name."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import torchhal
-from torchhal.operands import PackedWeight
+from torchhal.operands import GGUFWeight, PackedWeight
+from torchhal_conformance.families import blocks
 from torchhal_conformance.families.fusions import PLACES, Function
 from torchhal_conformance.model import Inputs, Needs, Outputs, Sample
 
@@ -48,6 +49,8 @@ class Call:
     symmetric: bool = True
     from_transposed: bool = False
     """Whether the weight was packed from (N, K)."""
+    gguf: str = ""
+    """Kind of block of a GGUF file that the weight is in: ``q4_0``, ``q4_1`` or ``q8_0``."""
     gradient: str = ""
     """``inputs``, or ``captured`` for those and what the functions capture."""
 
@@ -63,6 +66,7 @@ class Call:
         if self.bits:
             kind = "symmetric" if self.symmetric else "asymmetric"
             words.append(f"int{self.bits}_{self.group or 'channel'}_{kind}" + "_nk" * self.from_transposed)
+        words += [f"gguf_{self.gguf}"] if self.gguf else []
         return "-".join([*words, f"m{self.rows}-n{self.columns}-k{self.inner}"])
 
     @property
@@ -95,6 +99,7 @@ class Call:
             "captured_tensors": any(f.captured for f in functions.values()),
             "packed_int8": self.bits == 8,
             "packed_int4": self.bits == 4,
+            "packed_gguf": bool(self.gguf),
             "mixed_dtypes": self.dtype != self.second_dtype,
             "backward": bool(self.gradient),
             "captured_gradient": self.gradient == "captured",
@@ -106,7 +111,7 @@ class Call:
         """What gradients reach."""
         if not self.gradient:
             return ()
-        found = ["a", *["b"] * (not self.bits), *["bias"] * bool(self.bias)]
+        found = ["a", *["b"] * (not self.bits and not self.gguf), *["bias"] * bool(self.bias)]
         if self.gradient == "captured":
             found += [f"{place}_tensor" for place, f in self.functions().items() if f.captured]
         return tuple(found)
@@ -131,6 +136,9 @@ def _make(call: Call, generator: torch.Generator, device: torch.device) -> Input
     made: Inputs = {"a": random(a_shape, call.dtype, call.a_memory)}
     if call.bits:
         made["b"] = _packed(call, random(b_shape, call.second_dtype))
+    elif call.gguf:
+        data = blocks.drawn(call.gguf, call.inner, call.columns, generator).to(device)
+        made["b"] = torchhal.gguf_weight(data, call.gguf, dtype=call.second_dtype)
     else:
         made["b"] = random(b_shape, call.second_dtype, call.b_memory)
     if "a" in call.vectors:
@@ -222,6 +230,8 @@ def dequantised(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     a, b = inputs["a"], inputs["b"]
+    if isinstance(b, GGUFWeight):
+        b = blocks.decoded(b.kind, b.data, dtype)
     b = dequantised(b, dtype) if isinstance(b, PackedWeight) else b.to(dtype)
     a = a.to(dtype)[None] if "a" in call.vectors else a.to(dtype)
     b = b[:, None] if "b" in call.vectors else b

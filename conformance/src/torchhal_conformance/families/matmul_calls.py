@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from torchhal_conformance.families.blocks import KINDS
 from torchhal_conformance.families.fusions import PLACES, PRIMITIVE_FUNCTIONS
 from torchhal_conformance.families.matmul import FLOATS, Call
 from torchhal_conformance.families.primitives import FEW, PREFIX
@@ -93,6 +94,21 @@ PACKED: Final[tuple[dict[str, Any], ...]] = tuple(
         {"inner": 65, "gradient": "inputs", "bias": "own", "symmetric": False, "group": 32},
     )
 )  # fmt: skip
+BLOCKS: Final[tuple[dict[str, Any], ...]] = tuple(
+    {"gguf": kind, **changes}
+    for kind in KINDS
+    for changes in (
+        {"inner": 32},
+        {"inner": 96, "rows": 1, "columns": 33},
+        {"inner": 320, "rows": 33, "columns": 65},
+        {"inner": 64, "rows": 4, "columns": 1},
+        {"inner": 0, "bias": "own"},
+        {"inner": 64, "a_batch": (2, 3), "bias": "own"},
+        {"inner": 64, "bias": "own", "epilogue": "gelu", "a_prologue": "by_column"},
+        {"inner": 32, "b_prologue": "by_column"},
+        {"inner": 64, "gradient": "inputs", "bias": "own", "epilogue": "silu"},
+    )
+)
 GRADIENTS: Final[tuple[dict[str, Any], ...]] = (
     {"gradient": "inputs"},
     {"gradient": "inputs", "bias": "own", "rows": 33, "columns": 17, "inner": 65},
@@ -130,7 +146,7 @@ def calls() -> Iterator[Call]:
         for changes in (*SIZES, *FEATURES, *GRADIENTS):
             yield dataclasses.replace(plain, **changes)
         if dtype is not torch.float64:  # dequantisation is said to be float32's
-            for changes in PACKED:
+            for changes in (*PACKED, *BLOCKS):
                 yield dataclasses.replace(plain, **changes)
     for dtype, b_dtype in MIXED:
         mixed = Call(dtype=dtype, b_dtype=b_dtype)
@@ -139,4 +155,5 @@ def calls() -> Iterator[Call]:
         yield dataclasses.replace(mixed, gradient="inputs", bias="own")
     yield Call(dtype=torch.bfloat16, b_dtype=torch.float32, bits=8, inner=33)
     yield Call(dtype=torch.float32, b_dtype=torch.float16, bits=4, inner=33, group=32)
+    yield Call(dtype=torch.bfloat16, b_dtype=torch.float32, gguf="q4_1", inner=64)
     yield from _of_primitives()

@@ -24,7 +24,7 @@ from torchhal.reference import plugin as reference
 NAME: Final = "mutant"
 FILES: Final = (
     "attention", "hidden", "contract", "others", "services", "promises", "far", "dropped", "stores", "numeric",
-    "quantized",
+    "quantized", "packed",
 )  # fmt: skip
 
 Run = Callable[..., Any]

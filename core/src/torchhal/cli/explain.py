@@ -94,6 +94,9 @@ def matmul(
     device: Device = "cpu",
     backend: Backend = None,
     strict: Strict = None,
+    fused: Annotated[
+        bool, typer.Option("--fused", help='As fusion="require": what a plan leaves unfused declines it.')
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Explain a call of matmul."""
@@ -116,7 +119,7 @@ def matmul(
     if epilogue is not None:
         functions = capture_functions(element_dtype(a, b), None, None, _torch_function(epilogue))
     call = Call(a, b, _meta((1,), kind, grad) if bias else None, functions)
-    _explain(build_problem(call), where, backend, strict, json_output)
+    _explain(build_problem(call), where, backend, strict, json_output, fused=fused)
 
 
 @app.command("foreach")
@@ -206,8 +209,9 @@ def _explain(
     strict: bool | None,
     json_output: bool,
     or_torch: bool = False,
+    fused: bool = False,
 ) -> None:
-    route, notes = explain(dataclasses.replace(asked, device=device), backend, strict, or_torch)
+    route, notes = explain(dataclasses.replace(asked, device=device), backend, strict, or_torch, fused)
     if json_output:
         emit({**json.loads(route.to_json()), "notes": notes})
     else:
@@ -219,12 +223,12 @@ def _explain(
 
 
 def explain(
-    asked: Problem, backend: str | None, strict: bool | None, or_torch: bool
+    asked: Problem, backend: str | None, strict: bool | None, or_torch: bool, fused: bool = False
 ) -> tuple[Route, list[str]]:
     """The Route of a problem, refusals included, and the warnings that choosing it gave."""
     with collected_warnings(ignoring=FallbackWarning) as notes:
         try:
-            route = select(asked, backend, strict=strict, or_torch=or_torch).route
+            route = select(asked, backend, strict=strict, or_torch=or_torch, fused=fused).route
         except Unsupported as error:
             if error.route is None:
                 raise

@@ -97,6 +97,7 @@ def show_routes(taken: Sequence[Route], outcome: Outcome) -> None:
     for route in taken:
         chosen = f"[bold]{escape(route.chosen or 'nobody')}[/]"
         why = [f"by {route.rule}" + (f" ({route.description})" if route.description else "")]
+        why += [f"unfused {text}" for text in route.unfused_texts()]
         why += [f"{name}: {decline}" for name, decline in route.declined]
         made.add_row(escape(route.problem.summary()), chosen, str(route.count), escape("\n".join(why)))
     if taken:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torchhal import scope
 from torchhal._text import dtype_from_name
 from torchhal.compiled.call import FAMILIES, Family, Numbers, describe, record
-from torchhal.matmul import INDICES, Call, Functions, element_dtype, returns_tuple, run
-from torchhal.operands import PackedWeight
+from torchhal.matmul import INDICES, Call, Functions, element_dtype, is_required, returns_tuple, run
+from torchhal.operands import Packed
 from torchhal.ops import Description
-from torchhal.ops_families import matmul_shape, pack_tensors
+from torchhal.ops_families import matmul_shape, pack_tensors, unpack_tensors
 from torchhal.pointwise import capture
 
 _NAMES = ("a_prologue", "b_prologue", "epilogue")
@@ -22,13 +22,14 @@ _NAMES = ("a_prologue", "b_prologue", "epilogue")
 
 def matmul(
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     bias: Tensor | None,
     a_prologue: Any,
     b_prologue: Any,
     epilogue: Any,
     out_dtype: Any,
     backend: str | None,
+    fusion: str,
 ) -> Any:
     """The traced form of :func:`torchhal.matmul`."""
     value = torch.float64 if a.dtype is torch.float64 or b.dtype is torch.float64 else torch.float32
@@ -39,22 +40,11 @@ def matmul(
             count = _parameters(function)
             functions.append((function, arguments[:count]))
             named[name] = count
-    packing, weight = None, []
-    if isinstance(b, Tensor):
-        weight = [b]
-    else:
-        weight = [b.data, b.scale] if b.zero is None else [b.data, b.scale, b.zero]
-        packing = {
-            "bits": b.bits,
-            "group": b.group,
-            "shape": b.shape,
-            "zero": b.zero is not None,
-            "dtype": b.dtype,
-        }
+    weight, packing = unpack_tensors(b)
     state = scope.current.state  # read here so that Dynamo guards on it
     call = describe(
         family="matmul", functions=named, packing=packing, bias=bias is not None, backend=backend, out_dtype=out_dtype,
-        scoped=None if state is scope.current else state.backend,
+        fusion=fusion, scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
     results = record(call, (), [a, *weight] if bias is None else [a, *weight, bias], functions)
     # A tuple is told from a lone result by one empty tensor at its end.
@@ -69,9 +59,7 @@ def _parameters(function: Any) -> int:
     return code.co_argcount - len(function.__defaults__ or ())  # type: ignore[no-any-return]
 
 
-def _operands(
-    call: Description, tensors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | PackedWeight, Tensor | None]:
+def _operands(call: Description, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | Packed, Tensor | None]:
     rest = iter(tensors)
     return next(rest), pack_tensors(rest, call["packing"]), next(rest) if call["bias"] else None
 
@@ -98,7 +86,7 @@ def _shapes(
     return [*results, a.new_empty(0)] if several else results
 
 
-def _matrix(operand: Tensor | PackedWeight, position: int) -> Tensor | PackedWeight:
+def _matrix(operand: Tensor | Packed, position: int) -> Tensor | Packed:
     return operand.unsqueeze(position) if isinstance(operand, Tensor) and operand.dim() == 1 else operand
 
 
@@ -124,7 +112,7 @@ def _run(
         if given is None
         else dtype_from_name(given)
     )
-    result = run(Call(a, b, bias, captured, dtypes, call["backend"]))
+    result = run(Call(a, b, bias, captured, dtypes, call["backend"], is_required(call["fusion"])))
     if returns_tuple(captured):
         return [*result, a.new_empty(0)]
     return [result]  # type: ignore[list-item]

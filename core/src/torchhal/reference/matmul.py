@@ -4,31 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from torchhal.operands import MatmulOperands, PackedWeight
+from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise import Graph, evaluate
 from torchhal.problems import MatmulProblem, Plan
 from torchhal.reference.packing import unpack
+
+_DEQUANTISED: Final = "the whole weight is dequantised first"
+_UNFUSED: Final = {
+    "a_prologue": "the whole of a is rewritten first",
+    "b_prologue": "the whole of b is rewritten first",
+    "bias": "it is added to the finished product",
+    "epilogue": "it is applied to the finished product",
+    "packed_int8": _DEQUANTISED,
+    "packed_int4": _DEQUANTISED,
+    "packed_gguf": _DEQUANTISED,
+}
 
 
 def plan(problem: MatmulProblem) -> Plan:
     """The reference serves every matmul problem."""
 
     def run(
-        a: Tensor, b: Tensor | PackedWeight, bias: Tensor | None, operands: MatmulOperands | None
+        a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
     ) -> tuple[Tensor, ...]:
         return matmul(problem, a, b, bias, operands)
 
-    return Plan(run, "plain torch", differentiable=True, workspace="O(M K + K N + M N)")
+    unfused = {name: why for name, why in _UNFUSED.items() if name in problem.features}
+    return Plan(run, "plain torch", differentiable=True, workspace="O(M K + K N + M N)", unfused=unfused)
 
 
 def matmul(
     problem: MatmulProblem,
     a: Tensor,
-    b: Tensor | PackedWeight,
+    b: Tensor | Packed,
     bias: Tensor | None,
     operands: MatmulOperands | None,
 ) -> tuple[Tensor, ...]:
@@ -49,7 +62,7 @@ def matmul(
     operands = operands or MatmulOperands()
     compute = compute_dtype(problem)
     with _no_autocast(a.device.type):
-        right = unpack(b, compute) if isinstance(b, PackedWeight) else b.to(compute)
+        right = unpack(b, compute) if isinstance(b, Packed) else b.to(compute)
         batch = _broadcast(a.shape[:-2], right.shape[:-2])
         left = _apply(problem.a_prologue, a.to(compute), batch, operands.a_captured)[0].to(compute)
         right = _apply(problem.b_prologue, right, batch, operands.b_captured)[0].to(compute)
@@ -98,4 +111,5 @@ def _store(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
     # Autocast would round the operands of the product, against "accumulated in float32 or wider".
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    asked = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if asked else nullcontext()

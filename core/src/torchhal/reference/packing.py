@@ -1,12 +1,15 @@
-"""The specification of packed int8 and int4 weights: round to nearest, one scale for each group of a column."""
+"""The specification of packed weights: int8 and int4, rounded to nearest in groups of a column, and blocks of GGUF files."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchhal.errors import InvalidProblem
-from torchhal.operands import PackedWeight
+from torchhal.operands import GGUF_BLOCK_ELEMENTS, GGUF_BLOCKS, GGUFWeight, Packed, PackedWeight
 
 GROUPS = (None, 32, 64, 128)
 _TINY = torch.finfo(torch.float32).tiny
@@ -36,7 +39,20 @@ def pack_weight(
     return PackedWeight(data, scale, zero, bits, size, (rows, columns), weight.dtype)
 
 
-def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+def gguf_weight(data: Any, kind: str, dtype: torch.dtype) -> GGUFWeight:
+    """See :func:`torchhal.gguf_weight`."""
+    if isinstance(data, Tensor):
+        return GGUFWeight(data, kind, dtype)
+    if not (hasattr(data, "__array_interface__") and str(data.dtype) == "uint8"):
+        got = f"{type(data).__name__} {getattr(data, 'dtype', '')}".strip()
+        raise InvalidProblem(
+            f"gguf_weight() expects a uint8 tensor or numpy array (N, bytes of a row); got {got}"
+        )
+    # torch has no read-only tensors: writing to one over a file that was mapped for reading would end the process.
+    return GGUFWeight(torch.from_numpy(data if data.flags.writeable else data.copy()), kind, dtype)
+
+
+def unpack(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (K, N) that ``packed`` stands for.
 
     Args:
@@ -46,10 +62,30 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """
     wanted = dtype or packed.dtype
     compute = torch.float64 if wanted == torch.float64 else torch.float32
+    if isinstance(packed, GGUFWeight):
+        return _unpack_blocks(packed, compute).to(wanted)
     q = (packed.data if packed.bits == 8 else _unpair(packed)).to(compute)
     if packed.zero is not None:
         q = q - _per_row(packed, packed.zero)
     return (q * _per_row(packed, packed.scale)).to(wanted)
+
+
+def unpack_columns(packed: Packed, columns: Tensor) -> Tensor:
+    """The columns (K, n) of the weight that are named by ``columns``, (n,) whole numbers; nothing else is dequantised.
+
+    Raises:
+        RuntimeError: there is no such column.
+    """
+    if isinstance(packed, GGUFWeight):
+        return unpack(replace(packed, data=packed.data.index_select(0, columns)))
+    chosen = replace(
+        packed,
+        data=packed.data.index_select(1, columns),
+        scale=packed.scale.index_select(1, columns),
+        zero=None if packed.zero is None else packed.zero.index_select(1, columns),
+        shape=(packed.shape[0], columns.shape[0]),
+    )
+    return unpack(chosen)
 
 
 def _validate(weight: Tensor, bits: int, group: int | None) -> None:
@@ -126,6 +162,24 @@ def _pair(q: Tensor) -> Tensor:
 def _unpair(packed: PackedWeight) -> Tensor:
     both = torch.stack((packed.data & 15, packed.data >> 4), dim=1)
     return both.flatten(0, 1)[: packed.shape[0]].to(torch.int8) - 8
+
+
+def _unpack_blocks(packed: GGUFWeight, compute: torch.dtype) -> Tensor:
+    rows, columns = packed.shape
+    layout = GGUF_BLOCKS[packed.kind]
+    blocks = packed.data.reshape(columns, rows // GGUF_BLOCK_ELEMENTS, layout.size)
+    numbers = 2 if layout.minimum else 1
+    head = blocks[..., : 2 * numbers].contiguous().view(torch.float16).to(compute)
+    stored = blocks[..., 2 * numbers :]
+    if layout.bits == 8:
+        q = stored.contiguous().view(torch.int8).to(compute)
+    else:
+        q = torch.cat((stored & 15, stored >> 4), -1).to(compute)
+    if layout.minimum:
+        elements = head[..., :1] * q + head[..., 1:]
+    else:
+        elements = head * (q if layout.bits == 8 else q - 8)
+    return elements.reshape(columns, rows).t()
 
 
 def _per_row(packed: PackedWeight, values: Tensor) -> Tensor:

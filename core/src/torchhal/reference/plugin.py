@@ -67,6 +67,7 @@ MATMUL: Final = MatmulClaims(
     captured_tensors=True,
     packed_int8=True,
     packed_int4=True,
+    packed_gguf=True,
     mixed_dtypes=True,
     backward=True,
     captured_gradient=True,

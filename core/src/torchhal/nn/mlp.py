@@ -1,0 +1,61 @@
+"""The gated MLP of today's language models, ``down(act(gate(x)) * up(x))``, in three products and no other pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchhal.matmul import capture_functions
+from torchhal.nn.linear import FusedLinear
+
+
+class FusedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``: the activation is the epilogue of the first product, the product with it
+    that of the second.
+
+    The activation is captured once, when the module is made. The three layers are children under the names they had, so
+    that the keys of a ``state_dict`` stay.
+
+    Args:
+        layers: the three layers by name, in the order that parameters are to have.
+        gate: the name of the one (K to I) that the activation follows.
+        up: the name of the other one (K to I).
+        down: the name of the last one (I to any).
+        activation: pointwise; see :mod:`torchhal.pointwise`.
+
+    Raises:
+        CaptureError: the activation is not pointwise.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, FusedLinear],
+        *,
+        gate: str,
+        up: str,
+        down: str,
+        activation: Callable[..., Any],
+    ) -> None:
+        super().__init__()
+        self._roles = (gate, up, down)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.activation = activation
+        self._captured = capture_functions(torch.float32, None, None, activation).epilogue
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N), row by row."""
+        gate, up, down = (self._layer(name) for name in self._roles)
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        gated = gate.product(rows, self.activation, self._captured)
+        hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])
+        out = down.product(hidden)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _layer(self, name: str) -> FusedLinear:
+        layer = self._modules[name]
+        assert isinstance(layer, FusedLinear)
+        return layer

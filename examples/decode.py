@@ -1,0 +1,160 @@
+"""Tokens per second that SmolLM2-135M decodes, one sequence, by torch, by torchhal on the file's blocks, and by llama.cpp.
+
+    python examples/decode.py
+    python examples/decode.py --tokens 64 --repeat 5 --json
+
+All start from the same prompt and choose greedily; they take turns, so that whatever else the machine does meets all alike.
+llama.cpp takes part where the package llama-cpp-python is installed; it reads the same file. It rounds activations to 8
+bits for its 4-bit products, which torchhal does not, so that its tokens may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, Final
+
+import chat
+import torch
+from transformers import DynamicCache
+
+import torchhal
+
+PROMPT: Final = "Tell me about rivers."
+Step = Callable[[int], int]
+"""Takes a token and gives the next."""
+Start = Callable[[list[int]], tuple[int, Step]]
+"""Takes a prompt and gives the first token of the answer, and the steps after it."""
+
+
+def of_model(model: Any) -> Start:
+    """A model of transformers."""
+
+    def start(prompt: list[int]) -> tuple[int, Step]:
+        cache = DynamicCache(config=model.config)
+
+        def forward(tokens: list[int]) -> int:
+            ids = torch.tensor([tokens])
+            with torch.inference_mode():
+                logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return int(logits[0, -1].argmax())
+
+        return forward(prompt), lambda token: forward([token])
+
+    return start
+
+
+def of_torchhal(model: Any) -> Start:
+    """A model whose attention is served too."""
+    plain = of_model(model)
+
+    def start(prompt: list[int]) -> tuple[int, Step]:
+        with torchhal.install():
+            first, step = plain(prompt)
+
+        def served(token: int) -> int:
+            with torchhal.install():
+                return step(token)
+
+        return first, served
+
+    return start
+
+
+def of_llama_cpp(threads: int) -> Start:
+    """llama.cpp on the same file."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(chat.file()), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def forward(tokens: list[int]) -> int:
+        model.eval(tokens)
+        return int(model.sample(temp=0.0))
+
+    def start(prompt: list[int]) -> tuple[int, Step]:
+        model.reset()
+        return forward(prompt), lambda token: forward([token])
+
+    return start
+
+
+def decode(start: Start, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """``count`` tokens, and the seconds that all but the first took."""
+    token, step = start(prompt)
+    tokens = [token]
+    begin = time.perf_counter()
+    for _ in range(count - 1):
+        tokens.append(step(tokens[-1]))
+    return tokens, time.perf_counter() - begin
+
+
+def contenders(names: list[str]) -> Iterator[tuple[str, Start]]:
+    """Each one that was asked for and is there."""
+    for name in names:
+        if name == "llama.cpp":
+            if find_spec("llama_cpp"):
+                yield name, of_llama_cpp(torch.get_num_threads())
+            continue
+        _, _, weights = name.partition(" ")
+        model = chat.load(weights)[0]
+        yield name, of_torchhal(model) if name.startswith("torchhal") else of_model(model)
+
+
+ALL: Final = ["torch f32", "torch bf16", "torchhal q4", "llama.cpp"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Decoding speed of SmolLM2-135M, one sequence.")
+    parser.add_argument("names", nargs="*", metavar="WHO", help=f"some of: {', '.join(ALL)} (all)")
+    parser.add_argument("--tokens", type=chat.positive, default=33, metavar="N", help="tokens of a turn (33)")
+    parser.add_argument("--repeat", type=chat.positive, default=5, metavar="N", help="turns of each (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(ALL))
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(ALL)}")
+    tokenizer = chat.load_tokenizer()
+    message = [{"role": "user", "content": PROMPT}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    starts = dict(contenders(options.names or ALL))
+    tokens: dict[str, list[int]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    for start in starts.values():  # the first turn of each pays for what later ones find ready
+        decode(start, prompt, 4)
+    for _ in range(options.repeat):
+        for name, start in starts.items():
+            tokens[name], spent = decode(start, prompt, options.tokens)
+            seconds[name].append(spent / (options.tokens - 1))
+    result = {
+        name: {
+            "tokens_per_second": 1 / statistics.median(times),
+            "best_tokens_per_second": 1 / min(times),
+            "tokens": tokens[name],
+        }
+        for name, times in seconds.items()
+    }
+    if options.json:
+        print(json.dumps({"threads": torch.get_num_threads(), "decode": result}, indent=2))
+        return
+    print(
+        f"SmolLM2-135M-Instruct, {torch.get_num_threads()} threads, {options.tokens} tokens, {options.repeat} turns"
+    )
+    print(f"{'':<14}{'tokens/s, median':>18}{'best':>10}  tokens as the first")
+    first = next(iter(tokens.values()))
+    for name, row in result.items():
+        same = next((i for i, (a, b) in enumerate(zip(first, tokens[name])) if a != b), len(first))
+        print(f"{name:<14}{row['tokens_per_second']:>18.1f}{row['best_tokens_per_second']:>10.1f}  {same}")
+    if "llama.cpp" not in starts and not options.names:
+        print("llama.cpp: not installed (pip install llama-cpp-python)")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
