@@ -21,5 +21,5 @@ const thal::Isa thal::kAvx2 = {
     {store_key_gradients<Vec256, THAL_F32>, store_key_gradients<Vec256, THAL_BF16>, store_key_gradients<Vec256, THAL_F16>,
      store_key_gradients<Vec256d, THAL_F64>},
     run_map,
-    {matmul_kernels<Vec256>(), matmul_kernels<Vec256d>()},
+    {matmul_kernels<Vec256>(), matmul_kernels<Vec256d>(), {}},
 };

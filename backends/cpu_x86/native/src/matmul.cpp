@@ -20,6 +20,8 @@ constexpr int64_t kTilePanels = 16, kTileColumnBytes = 2048;
 constexpr int64_t kSharedSaving = 40000;
 // Below this many multiply-adds (about 10 us on one core) waking other threads costs more than it brings.
 constexpr double kSerialProducts = 1e6;
+// Reading an element of b takes about as long as multiplying it by so many rows.
+constexpr double kRowsOfFew = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -125,8 +127,10 @@ void set_tiles(MatmulPlan& p) {
   const auto even = [](int64_t all, int64_t most, int64_t step) { return round_up(ceil_div(all, ceil_div(all, most)), step); };
   p.rows = even(c.M, kTilePanels * panel_rows, panel_rows);
   p.columns = even(c.N, kTileColumnBytes / p.real, panel_columns);
-  p.depth = c.K ? std::min(kDepthMost, even(c.K, kDepthMost, 32)) : kDepthMost;
-  const double products = static_cast<double>(c.M) * static_cast<double>(c.N) * static_cast<double>(std::max<int64_t>(c.K, 1)) * static_cast<double>(c.batches);
+  const int64_t depth = kDepthMost * p.step;
+  p.depth = c.K ? std::min(depth, even(c.K, depth, 32)) : depth;
+  const double rows = p.few_rows ? kRowsOfFew : static_cast<double>(c.M);
+  const double products = rows * static_cast<double>(c.N) * static_cast<double>(std::max<int64_t>(c.K, 1)) * static_cast<double>(c.batches);
   const int64_t threads = products < kSerialProducts ? 1 : c.num_threads;
   const auto tiles = [&] { return ceil_div(c.M, p.rows) * ceil_div(c.N, p.columns) * c.batches; };
   while (threads > 1 && tiles() < 2 * threads) {
@@ -141,9 +145,9 @@ void set_tiles(MatmulPlan& p) {
 
 void set_shared(MatmulPlan& p) {
   const thal_matmul& c = p.call;
-  const int64_t left = p.rows * c.K * p.real, right = p.columns * c.K * p.real;
-  p.share_left = (p.column_tiles - 1) * c.M * c.K > (c.a_prologue ? 0 : kSharedSaving) && left <= kSharedLeftBytes;
-  p.share_right = (p.row_tiles - 1) * c.N * c.K > (c.b_prologue ? 0 : kSharedSaving) && right <= kSharedRightBytes;
+  const int64_t left = p.rows * p.words(c.K) * p.real, right = p.columns * p.words(c.K) * p.real;
+  p.share_left = !p.few_rows && (p.column_tiles - 1) * c.M * c.K > (c.a_prologue ? 0 : kSharedSaving) && left <= kSharedLeftBytes;
+  p.share_right = !p.few_rows && (p.row_tiles - 1) * c.N * c.K > (c.b_prologue ? 0 : kSharedSaving) && right <= kSharedRightBytes;
   p.group_rows = p.share_left ? std::min(p.row_tiles, kSharedLeftBytes / left) : p.row_tiles;
   p.group_columns = p.share_right ? std::min(p.column_tiles, kSharedRightBytes / right) : p.column_tiles;
 }
@@ -152,8 +156,9 @@ void set_scratch(MatmulPlan& p) {
   const int64_t block = std::max(4 * p.kernels->panel_rows, std::max(p.kernels->panel_columns, kLanes)) * kDepthMost;
   Scratch layout;
   p.at_tile = layout.take(p.rows * p.tile_stride() * p.real);
-  p.at_left = layout.take(p.share_left ? 0 : p.rows * p.depth * p.real);
-  p.at_right = layout.take(p.share_right ? 0 : p.columns * p.depth * p.real);
+  const int64_t left = p.few_rows ? p.call.M * round_up(p.call.K, kLanes) : p.rows * p.words(p.depth);
+  p.at_left = layout.take(p.share_left ? 0 : left * p.real);
+  p.at_right = layout.take(p.share_right || p.few_rows ? 0 : p.columns * p.words(p.depth) * p.real);
   p.at_block = layout.take(p.call.a_prologue || p.call.b_prologue ? block * p.real : 0);
   p.at_indices = layout.take(4 * (kRowsMost + 2 * kLanes));
   p.at_program = layout.take(std::max(p.epilogue.bytes, std::max(p.a_prologue.bytes, p.b_prologue.bytes)));
@@ -165,9 +170,14 @@ int make_matmul_plan(const thal_matmul& call, MatmulPlan& p) {
   if (const int code = check(call)) return code;
   p.call = call;
   p.real = call.a_type == THAL_F64 || call.b_type == THAL_F64 ? 8 : 4;
-  p.isa = find_isa(call.isa == THAL_ISA_AUTO ? thal_get_isa(p.real == 8 ? THAL_F64 : THAL_F32) : call.isa);
+  const bool bf16 = call.a_type == THAL_BF16 && call.b_type == THAL_BF16 && !call.a_prologue && !call.b_prologue && call.b;
+  p.isa = find_isa(call.isa == THAL_ISA_AUTO ? thal_get_isa(p.real == 8 ? THAL_F64 : bf16 ? THAL_BF16 : THAL_F32) : call.isa);
   if (!p.isa) return THAL_BAD_ISA;
-  p.kernels = &p.isa->matmul[p.real == 8];
+  // The set that is chosen for bf16 multiplies pairs only where that was measured to be the faster way.
+  const bool pairs = bf16 && p.isa->bf16_pairs;
+  p.kernels = &p.isa->matmul[pairs ? 2 : p.real == 8];
+  p.step = pairs ? 2 : 1;
+  p.few_rows = call.M <= kFewRows && call.K > 0 && call.b && !call.b_prologue && (call.b_stride[0] == 1 || call.b_stride[1] == 1);
   if (const int code = decode_functions(p)) return code;
   p.source = p.kernels->source(p);
   if (call.M == 0 || call.N == 0 || call.batches == 0) return THAL_OK;
@@ -187,7 +197,7 @@ class Run {
  public:
   explicit Run(const MatmulPlan& p) : p_(p), memory_(nullptr, &std::free) {
     Scratch layout;
-    const int64_t bytes = p.call.K * p.real;
+    const int64_t bytes = p.words(p.call.K) * p.real;
     const int64_t at_left = layout.take(p.share_left ? p.group_rows * p.rows * bytes : 0);
     const int64_t at_right = layout.take(p.share_right ? p.group_columns * p.columns * bytes : 0);
     const int64_t at_scratch = layout.take(p.workers * p.scratch_bytes);
@@ -219,8 +229,8 @@ class Run {
                      [&](int64_t i, int64_t worker) { f(i, scratch_ + worker * p_.scratch_bytes); });
   }
 
-  char* left_at(int64_t tile, int64_t group) const { return left_ + (tile - group) * p_.rows * p_.call.K * p_.real; }
-  char* right_at(int64_t tile, int64_t group) const { return right_ + (tile - group) * p_.columns * p_.call.K * p_.real; }
+  char* left_at(int64_t tile, int64_t group) const { return left_ + (tile - group) * p_.rows * p_.words(p_.call.K) * p_.real; }
+  char* right_at(int64_t tile, int64_t group) const { return right_ + (tile - group) * p_.columns * p_.words(p_.call.K) * p_.real; }
 
   // Blocks of `count` tiles of an operand that has `all` rows or columns in tiles of `size`, to panels of tiles one after the other.
   template <class At, class Pack>
@@ -228,7 +238,7 @@ class Run {
     const int64_t blocks = ceil_div(p_.call.K, p_.depth);
     return tasks(count * blocks, [&](int64_t i, char* scratch) {
       const int64_t tile = first + i / blocks, k = i % blocks * p_.depth, some = std::min(size, all - tile * size);
-      char* to = at(tile, first) + k * round_up(some, step) * p_.real;
+      char* to = at(tile, first) + p_.words(k) * round_up(some, step) * p_.real;
       kernel(p_, {batch, tile * size, some, k, std::min(p_.depth, p_.call.K - k)}, to, scratch);
     });
   }

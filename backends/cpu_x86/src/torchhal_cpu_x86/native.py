@@ -236,9 +236,9 @@ class Native:
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 foreach: {self.library.thal_error_text(code).decode()}")
 
-    def matmul(self, call: ctypes.Structure) -> None:
+    def matmul(self, call: bytes) -> None:
         """Runs a ``thal_matmul``, in which ``parallel`` is what `parallel` gives."""
-        code = self.library.thal_matmul_run(ctypes.addressof(call))
+        code = self.library.thal_matmul_run(call)
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
 

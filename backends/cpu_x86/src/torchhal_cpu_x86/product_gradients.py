@@ -194,6 +194,14 @@ def _cast(graph: Graph, dtypes: Sequence[torch.dtype]) -> Graph:
 # ---------------------------------------------------------------------------- the gradients of one call
 
 
+class Wanted(NamedTuple):
+    """Of the captured tensors of each function, whether a gradient is asked for."""
+
+    a: Sequence[bool]
+    b: Sequence[bool]
+    epilogue: Sequence[bool]
+
+
 @dataclass
 class Backward:
     """The backward pass of one call."""
@@ -203,8 +211,7 @@ class Backward:
     b: Tensor
     bias: Tensor | None
     captured: Captured
-    wanted: Captured
-    """Of each captured tensor, whether its gradient is asked for."""
+    wanted: Wanted
 
     def gradients(
         self, above: Sequence[Tensor | None], need_a: bool, need_b: bool, need_bias: bool
@@ -214,7 +221,9 @@ class Backward:
         if all(gradient is None for gradient in above):
             return empty
         dz, of_epilogue = self._through_epilogue(above)
-        dz = dz.to(torch.float64) if self.product.compute is torch.float64 else dz  # so that its products are of that type
+        dz = (
+            dz.to(torch.float64) if self.product.compute is torch.float64 else dz
+        )  # so that its products are of that type
         of_a = of_b = None
         da = db = None
         if need_a or any(self.wanted.a):
@@ -258,7 +267,7 @@ class Backward:
             a,
             b,
             None if fused.bias else self.bias,
-            *fused.arrange(captured, self.bias),
+            fused.arrange(captured, self.bias),
             found.graph.output_dtypes,
         )
         return results[0], collect(found.uses, results, self.captured.epilogue)
@@ -307,7 +316,7 @@ class Backward:
             captured = captured._replace(epilogue=(*tensors, _three_dimensional(operand.expand(shape))))
             uses, out_dtypes = found.uses, found.graph.output_dtypes
         fused = fuse(functions, self.product.compute, None, out_dtypes, left.shape[-1] > 0)
-        results = products.multiply(left, right, None, *fused.arrange(captured, None), out_dtypes)
+        results = products.multiply(left, right, None, fused.arrange(captured, None), out_dtypes)
         gradient = (
             results[0] if shape == operand.shape else results[0].sum_to_size(operand.shape).to(operand.dtype)
         )
