@@ -125,9 +125,9 @@ void set_tiles(MatmulPlan& p) {
   const thal_matmul& c = p.call;
   const int64_t panel_rows = p.kernels->panel_rows, panel_columns = p.kernels->panel_columns;
   const auto even = [](int64_t all, int64_t most, int64_t step) { return round_up(ceil_div(all, ceil_div(all, most)), step); };
-  p.rows = even(c.M, kTilePanels * panel_rows, panel_rows);
-  p.columns = even(c.N, kTileColumnBytes / p.real, panel_columns);
-  const int64_t depth = kDepthMost * p.step;
+  p.rows = even(c.M, (getenv("XR") ? atoi(getenv("XR")) : kTilePanels) * panel_rows, panel_rows);
+  p.columns = even(c.N, (getenv("XC") ? atoi(getenv("XC")) : kTileColumnBytes) / p.real, panel_columns);
+  const char* e1 = getenv("XD"); const int64_t depth = (e1 ? atoi(e1) : kDepthMost) * p.step;
   p.depth = c.K ? std::min(depth, even(c.K, depth, 32)) : depth;
   const double rows = p.few_rows ? kRowsOfFew : static_cast<double>(c.M);
   const double products = rows * static_cast<double>(c.N) * static_cast<double>(std::max<int64_t>(c.K, 1)) * static_cast<double>(c.batches);
