@@ -52,7 +52,8 @@ def multiply(
     library = _library()
     (*_, rows, inner), columns = a.shape, b.shape[-1]
     shape: tuple[int, ...] = (rows, columns)
-    batch, batch_dims, keep = _ONE, 0, []
+    keep: list[object] = []
+    batch, batch_dims = _ONE, 0
     if a.dim() != 2 or b.dim() != 2:
         sizes = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
         shape, batch_dims, batch = (*sizes, *shape), len(sizes), _batch(sizes, a, b, keep)
