@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from torchhal.cli import bench, cache, doctor, explain, run, tune
+from torchhal.cli import bench, bench_matmul, cache, doctor, explain, run, tune
 from torchhal.cli.output import out
 
 app = typer.Typer(
@@ -46,5 +46,6 @@ app.command("doctor")(doctor.doctor)
 app.command("run", context_settings={"allow_interspersed_args": False}, no_args_is_help=True)(run.run)
 app.add_typer(explain.app, name="explain")
 app.command("tune")(tune.tune)
+bench.app.command("matmul")(bench_matmul.matmul)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
