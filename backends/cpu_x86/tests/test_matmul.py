@@ -333,7 +333,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("M", "N", "K", "batches")),
         *((name, ctypes.c_void_p) for name in ("batch_sizes", "a_batch_stride", "b_batch_stride", "a", "b", "bias")),
         ("a_stride", ctypes.c_int64 * 2), ("b_stride", ctypes.c_int64 * 2), ("bias_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("a_prologue", "b_prologue", "epilogue", "out_types", "out", "parallel", "parallel_user")),
+        *((name, ctypes.c_void_p) for name in (
+            "a_prologue", "b_prologue", "epilogue", "out_types", "out", "parallel", "parallel_user", "packed")),
     )  # fmt: skip
 
 
