@@ -22,6 +22,6 @@ const thal::Isa thal::kAvx2 = {
      store_key_gradients<Vec256d, THAL_F64>},
     run_map,
     reduce_map,
-    {matmul_kernels<Vec256>(), matmul_kernels<Vec256d>()},
+    {matmul_kernels<Vec256>(), matmul_kernels<Vec256d>(), {}},
     skinny_kernels<Vec256>(),
 };

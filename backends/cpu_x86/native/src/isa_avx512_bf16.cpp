@@ -22,6 +22,6 @@ const thal::Isa thal::kAvx512Bf16 = {
      store_key_gradients<Vec512d, THAL_F64>},
     run_map,
     reduce_map,
-    {matmul_kernels<Vec512>(), matmul_kernels<Vec512d>()},
+    {matmul_kernels<Vec512>(), matmul_kernels<Vec512d>(), pair_kernels<Vec512>()},
     skinny_kernels<Vec512>(),
 };

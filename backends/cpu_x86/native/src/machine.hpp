@@ -121,36 +121,62 @@ class Step : Arithmetic {
         fill(out, rows_ * kLanes, T(0));
         return;
       }
+      // The lanes' places in a row are mostly the same in every row, and side by side: a gather is a load then.
+      alignas(64) int64_t fixed[kLanes] = {};
+      bool moves = false;
+      each_index(program, source, [&](const thal::Index& index, int64_t size, int64_t stride) {
+        moves |= !is_offset(index) && varies_by_row(index.span);
+        if (!varies_by_row(index.span)) add_index(index, 0, size, stride, fixed);
+      });
+      bool adjacent = !moves;
+      for (int64_t i = 1; i < kLanes; ++i) adjacent &= fixed[i] == fixed[0] + i;
       for (int64_t j = 0; j < rows_; ++j, out += kLanes) {
+        int64_t offset = 0;
         alignas(64) int64_t at[kLanes] = {};
-        for (int32_t d = 0; d < in_.indices; ++d)
-          add_index(program.indices[in_.index + d], j, source.sizes[d], source.strides[d], at);
-        THAL_VECTOR_LOOP
-        for (int64_t i = 0; i < kLanes; ++i) out[i] = element(at[i]);
+        each_index(program, source, [&](const thal::Index& index, int64_t size, int64_t stride) {
+          if (is_offset(index)) offset += row_offset(index, j, size, stride);
+          else if (varies_by_row(index.span)) add_index(index, j, size, stride, at);
+        });
+        if (adjacent) {
+          offset += fixed[0];
+          THAL_VECTOR_LOOP
+          for (int64_t i = 0; i < kLanes; ++i) out[i] = element(offset + i);
+        } else {
+          THAL_VECTOR_LOOP
+          for (int64_t i = 0; i < kLanes; ++i) out[i] = element(offset + fixed[i] + at[i]);
+        }
       }
     });
   }
 
+  template <class F>
+  void each_index(const Program& program, const thal_captured& source, F f) const {
+    for (int32_t d = 0; d < in_.indices; ++d) f(program.indices[in_.index + d], source.sizes[d], source.strides[d]);
+  }
+
+  // Whether an index is one number for each row of a block.
+  bool is_offset(const thal::Index& index) const { return in_.span == Span::kBlock && index.span == Span::kRows; }
+
   // Negative indices count from the end, and what is out of range, which a mask discards, is brought into it.
+  static int64_t place(int64_t x, int64_t size, int64_t stride) {
+    x += x < 0 ? size : 0;
+    x = x < 0 ? 0 : x;
+    return (x < size ? x : size - 1) * stride;
+  }
+
+  int64_t row_offset(const thal::Index& index, int64_t row, int64_t size, int64_t stride) const {
+    const char* p = memory_ + index.at;
+    const int64_t at = first_ + row;
+    return place(index.type == Type::kI64 ? reinterpret_cast<const int64_t*>(p)[at] : reinterpret_cast<const int32_t*>(p)[at], size, stride);
+  }
+
   void add_index(const thal::Index& index, int64_t row, int64_t size, int64_t stride, int64_t* THAL_RESTRICT at) const {
     by_width(index.type, [&](auto kind) {
       using T = decltype(kind);
       if constexpr (std::is_integral_v<T>) {
-        const T* THAL_RESTRICT p = reinterpret_cast<const T*>(memory_ + index.at);
-        const auto place = [=](T value) {
-          int64_t x = value;
-          x += x < 0 ? size : 0;
-          x = x < 0 ? 0 : x;
-          return (x < size ? x : size - 1) * stride;
-        };
-        if (in_.span == Span::kBlock && index.span == Span::kRows) {
-          const int64_t offset = place(p[first_ + row]);
-          for (int64_t i = 0; i < kLanes; ++i) at[i] += offset;
-        } else {
-          p += varies_by_row(index.span) ? row * kLanes : 0;
-          THAL_VECTOR_LOOP
-          for (int64_t i = 0; i < kLanes; ++i) at[i] += place(p[i]);
-        }
+        const T* THAL_RESTRICT p = reinterpret_cast<const T*>(memory_ + index.at) + (varies_by_row(index.span) ? row * kLanes : 0);
+        THAL_VECTOR_LOOP
+        for (int64_t i = 0; i < kLanes; ++i) at[i] += place(p[i], size, stride);
       }
     });
   }

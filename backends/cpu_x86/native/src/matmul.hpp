@@ -15,8 +15,10 @@
 
 namespace thal {
 
-// Rows of b in a block: 256 rows of a panel of 32 float32 columns are 32 KB.
+// Most words along K in a block: of a panel of 32 float32 columns 32 KB.
 constexpr int64_t kDepthMost = 256;
+// So few rows are multiplied without packing b, where its rows or columns are contiguous and it has no prologue.
+constexpr int64_t kFewRows = 4;
 // What is packed for all threads takes at most so much of either operand. An operand of which not even one tile's share
 // fits is packed by each tile again.
 constexpr int64_t kSharedLeftBytes = int64_t{8} << 20, kSharedRightBytes = int64_t{16} << 20;
@@ -26,6 +28,8 @@ struct MatmulPlan {
   const Isa* isa;
   const MatmulKernels* kernels;
   int64_t real;                  // bytes of the float32 or float64 that is computed with
+  int64_t step;                  // elements along K in a word of a panel: 1, or 2 of bf16 pairs
+  bool few_rows;
   int64_t depth, rows, columns;  // of a block of K, and of a tile: multiples of the panels'
   int64_t row_tiles, column_tiles;
   bool share_left, share_right;
@@ -39,6 +43,7 @@ struct MatmulPlan {
   // Byte offsets inside one thread's scratch.
   int64_t at_tile, at_left, at_right, at_block, at_indices, at_program, at_buffer, scratch_bytes;
 
+  int64_t words(int64_t k) const { return (k + step - 1) / step; }
   // Elements from a row of the tile to the next: not a power of two, so that rows do not fall into the same cache sets.
   int64_t tile_stride() const { return columns + 64 / real; }
 };

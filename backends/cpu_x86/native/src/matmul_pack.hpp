@@ -34,6 +34,9 @@ void widen_along_rows(const Elements& from, int64_t rows, int64_t columns, int64
   }
 }
 
+// Room for a line of a block along K, in any type.
+constexpr int64_t kLineBytes = thal::kDepthMost * 8;
+
 // Rows are contiguous, or `buffer` takes copies of them that are: squares of N x N are transposed in registers.
 template <class V, int DT>
 void widen_across_rows(const Elements& from, int64_t rows, int64_t columns, int64_t width, Real<V>* to, char* buffer) {
@@ -42,7 +45,7 @@ void widen_across_rows(const Elements& from, int64_t rows, int64_t columns, int6
     const char* lines[V::N];
     for (int64_t i = 0; i < V::N; ++i)
       lines[i] = j + i < columns ? contiguous_row<size>(from.data + (j + i) * from.column_stride * size, from.row_stride, rows,
-                                                        buffer + i * thal::kDepthMost * size)
+                                                        buffer + i * kLineBytes)
                                  : nullptr;
     const int64_t lanes = smaller(V::N, width - j);
     for (int64_t k = 0; k < rows; k += V::N) {
@@ -74,7 +77,7 @@ void widen(const Elements& from, int64_t rows, int64_t columns, int64_t width, R
   widen_across_rows<V, DT>(from, rows, columns, width, to, buffer);
 }
 template <class V>
-constexpr int64_t kWidenBytes = V::N * thal::kDepthMost * 8;
+constexpr int64_t kWidenBytes = V::N * kLineBytes;
 
 template <class V>
 void widen_any(int32_t type, const Elements& from, int64_t rows, int64_t columns, int64_t width, Real<V>* to, char* buffer) {

@@ -1,18 +1,18 @@
 // One tile of a fused matrix product: the sum over blocks of K, then bias, epilogue and the store.
 #pragma once
 
+#include "matmul_pairs.hpp"
+#include "matmul_rows.hpp"
 #include "packed_source.hpp"
 #include "result_rows.hpp"
 
 namespace {
 
-using thal::MatmulTile;
-
 // c (+)= NR rows of a left panel times NQ vectors of columns. The left panel is kRows wide, however many of them count.
-template <class V, int NR, int NQ>
+template <class V, bool PAIRS, int NR, int NQ>
 THAL_NOINLINE void micro_tile(const Real<V>* left, const Real<V>* right, int64_t depth, Real<V>* c, int64_t stride, bool add) {
   typename V::F acc[NR * NQ];
-  multiply<V, false, NR, NQ>(acc, AcrossRows<Real<V>>(reinterpret_cast<const char*>(left), V::kRows * sizeof(Real<V>)), right, depth);
+  multiply<V, PAIRS, NR, NQ>(acc, AcrossRows<Real<V>>(reinterpret_cast<const char*>(left), V::kRows * sizeof(Real<V>)), right, depth);
   each<NR * NQ>([&](auto i) {
     Real<V>* at = c + i / NQ * stride + i % NQ * V::N;
     V::store(at, add ? V::add(V::load(at), acc[i]) : acc[i]);
@@ -20,23 +20,23 @@ THAL_NOINLINE void micro_tile(const Real<V>* left, const Real<V>* right, int64_t
 }
 
 // The fewest of 12, 8, 5, 3, 2 and 1 rows (6, 4, 2 and 1) that are enough.
-template <class V, int NQ, int NR = V::kRows>
+template <class V, bool PAIRS, int NQ, int NR = V::kRows>
 void micro_rows(int64_t rows, const Real<V>* left, const Real<V>* right, int64_t depth, Real<V>* c, int64_t stride, bool add) {
   if constexpr (NR > 1)
-    if (rows <= NR * 2 / 3) return micro_rows<V, NQ, NR * 2 / 3>(rows, left, right, depth, c, stride, add);
-  micro_tile<V, NR, NQ>(left, right, depth, c, stride, add);
+    if (rows <= NR * 2 / 3) return micro_rows<V, PAIRS, NQ, NR * 2 / 3>(rows, left, right, depth, c, stride, add);
+  micro_tile<V, PAIRS, NR, NQ>(left, right, depth, c, stride, add);
 }
 
 // A panel of b stays in the L1 cache while the panels of a pass by, which come from the L2 cache.
-template <class V>
+template <class V, bool PAIRS>
 void multiply_block(const Real<V>* left, int64_t rows, const Real<V>* right, int64_t columns, int64_t depth, Real<V>* tile, int64_t stride, bool add) {
   for (int64_t n = 0, width; n < columns; n += width, right += width * depth) {
     width = panel_width<V>(columns - n);
     const Real<V>* a = left;
     for (int64_t m = 0; m < rows; m += V::kRows, a += V::kRows * depth) {
       Real<V>* c = tile + m * stride + n;
-      if (width == V::N) micro_rows<V, 1>(rows - m, a, right, depth, c, stride, add);
-      else micro_rows<V, 2>(rows - m, a, right, depth, c, stride, add);
+      if (width == V::N) micro_rows<V, PAIRS, 1>(rows - m, a, right, depth, c, stride, add);
+      else micro_rows<V, PAIRS, 2>(rows - m, a, right, depth, c, stride, add);
     }
   }
 }
@@ -80,7 +80,7 @@ void run_epilogue(const MatmulPlan& p, const MatmulTile& t, const Real<V>* tile,
   });
 }
 
-template <class V>
+template <class V, bool PAIRS>
 void sum_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* scratch) {
   using T = Real<V>;
   if (p.call.K == 0) fill(tile, t.rows * p.tile_stride(), T(0));
@@ -88,18 +88,13 @@ void sum_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* scr
   const int64_t rows = up(t.rows, V::kRows), columns = up(t.columns, V::N);
   for (int64_t k = 0; k < p.call.K; k += p.depth) {
     const int64_t depth = smaller(p.depth, p.call.K - k);
-    auto *left = reinterpret_cast<const T*>(t.left) + (t.left ? k * rows : 0), *right = reinterpret_cast<const T*>(t.right) + (t.right ? k * columns : 0);
-    if (!t.left) {
-      T* here = reinterpret_cast<T*>(scratch + p.at_left);
-      pack_left<V>(p, {t.batch, t.m0, t.rows, k, depth}, here, scratch);
-      left = here;
-    }
-    if (!t.right) {
-      T* here = reinterpret_cast<T*>(scratch + p.at_right);
-      pack_right<V>(p, {t.batch, t.n0, t.columns, k, depth}, here, scratch);
-      right = here;
-    }
-    multiply_block<V>(left, t.rows, right, t.columns, depth, tile, p.tile_stride(), k > 0);
+    // What is shared lies block after block; anything else is packed here and now.
+    const char* left = t.left ? t.left + p.words(k) * rows * p.real : scratch + p.at_left;
+    const char* right = t.right ? t.right + p.words(k) * columns * p.real : scratch + p.at_right;
+    if (!t.left) p.kernels->pack_left(p, {t.batch, t.m0, t.rows, k, depth}, scratch + p.at_left, scratch);
+    if (!t.right) p.kernels->pack_right(p, {t.batch, t.n0, t.columns, k, depth}, scratch + p.at_right, scratch);
+    multiply_block<V, PAIRS>(reinterpret_cast<const T*>(left), t.rows, reinterpret_cast<const T*>(right), t.columns, p.words(depth), tile,
+                             p.tile_stride(), k > 0);
   }
 }
 
@@ -111,16 +106,23 @@ void finish_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* 
   else store_sums<V>(p, t, tile);
 }
 
-template <class V>
+template <class V, bool PAIRS>
 void run_matmul_tile(const MatmulPlan& p, const MatmulTile& t, char* scratch) {
   Real<V>* tile = reinterpret_cast<Real<V>*>(scratch + p.at_tile);
-  sum_tile<V>(p, t, tile, scratch);
+  if (p.few_rows) sum_few_rows<V>(p, t, tile, scratch);
+  else sum_tile<V, PAIRS>(p, t, tile, scratch);
   finish_tile<V>(p, t, tile, scratch);
 }
 
 template <class V>
 constexpr thal::MatmulKernels matmul_kernels() {
-  return {V::kRows, 2 * V::N, pack_left<V>, pack_right<V>, run_matmul_tile<V>, right_source<V>};
+  return {V::kRows, 2 * V::N, pack_left<V>, pack_right<V>, run_matmul_tile<V, false>, right_source<V>};
+}
+
+// Of products of bf16 pairs.
+template <class V>
+constexpr thal::MatmulKernels pair_kernels() {
+  return {V::kRows, 2 * V::N, pack_left_pairs<V>, pack_right_pairs<V>, run_matmul_tile<V, true>, plain_source<V>};
 }
 
 }  // namespace

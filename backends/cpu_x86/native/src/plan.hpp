@@ -134,7 +134,7 @@ struct Isa {
   int lanes;
   int64_t key_block;     // kKeyBlock or kTileKeyBlock
   int64_t score_blocks;  // in use at once
-  bool bf16_pairs;       // gradients of bf16 come from products of pairs
+  bool bf16_pairs;       // gradients and matrix products of bf16 come from products of pairs
   void (*run_tile[THAL_DTYPES])(const Plan&, const Item&, char* scratch);
   void (*run_rows[THAL_STORED_TYPES])(const Plan&, const Item&, char* scratch);
   double (*fma_flops)(int64_t loops);  // runs `loops` rounds; returns the FLOPs done
@@ -143,7 +143,7 @@ struct Isa {
   void (*store_key_gradients[THAL_DTYPES])(const GradientPlan&, const GradientItem&, const void* sums);
   void (*run_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch);
   void (*reduce_map)(const MapPlan&, int64_t position, int64_t first, int64_t count, char* scratch, Partial* partials);
-  MatmulKernels matmul[2];  // of float32 and of float64
+  MatmulKernels matmul[3];  // of float32, of float64, and of bf16 pairs where bf16_pairs says so
   SkinnyKernels skinny;
 };
 

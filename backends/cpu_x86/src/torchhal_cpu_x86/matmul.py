@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,10 +19,13 @@ from torchhal_cpu_x86 import hardware, native, packed, product_gradients, produc
 from torchhal_cpu_x86.gradients import is_transformed
 from torchhal_cpu_x86.maps import Column, is_readable
 from torchhal_cpu_x86.packed import Operand
-from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, folded, fuse
+from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, Fused, folded, fuse
 
-Run = Callable[[Tensor, "Tensor | Packed", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]]
-GRADIENTS = frozenset({"backward", "captured_gradient"})
+Run = Callable[
+    [Tensor, "Tensor | Packed", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]
+]
+NOTHING: Final = Captured()
+GRADIENTS: Final = frozenset({"backward", "captured_gradient"})
 """Features of a problem that ask for gradients."""
 
 
@@ -49,39 +54,44 @@ def _runner(problem: MatmulProblem) -> Run:
     """The ``run`` of a plan for a weight that is a tensor."""
     functions = Functions(problem.a_prologue, problem.b_prologue, problem.epilogue)
     product = Product(functions, reference.compute_dtype(problem), problem.bias_dtype, problem.out_dtypes)
-    serve = product.differentiable if _wants_gradients(problem) else product.run
     specification = reference.plan(problem).run
-    has_functions = any(graph is not None for graph in functions)
+    learns = _wants_gradients(problem)
+    plain = not learns and product.fused == Fused(Functions(), (False, False), False)
 
     def run(
         a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
     ) -> tuple[Tensor, ...]:
-        captured = _captured(operands) if has_functions and operands is not None else Captured()
-        if is_transformed() or not is_readable(Column([a, *_plain(b), *_tensors(bias, captured)])):
+        captured = NOTHING if operands is None else _captured(operands)
+        if is_transformed() or not is_readable(Column(_tensors(a, b, bias, captured))):
             return specification(a, b, bias, operands)  # type: ignore[no-any-return]
         right = b if isinstance(b, Tensor) else Operand.of(b)
-        if a.dim() == 2 or right.dim() > 2 or not _folds(a, functions):
-            return serve(a, right, bias, captured)
-        rows = a.shape[-2]
-        part = folded_product(product, captured, rows)
-        serve_part = part.product.differentiable if _wants_gradients(problem) else part.product.run
-        outputs = serve_part(a.flatten(0, -2), right, bias, part.captured)
-        return tuple(out.view(*a.shape[:-1], out.shape[-1]) for out in outputs)
+        if a.dim() > 2 and right.dim() == 2 and _folds(a, functions):
+            part = folded_product(product, captured, a.shape[-2])
+            outputs = serve(part.product, a.flatten(0, -2), right, bias, part.captured)
+            return tuple(out.view(*a.shape[:-1], out.shape[-1]) for out in outputs)
+        return serve(product, a, right, bias, captured)
+
+    def serve(
+        product: Product, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
+    ) -> tuple[Tensor, ...]:
+        if plain:
+            return products.multiply(a, b, bias, products.NO_FUNCTIONS, product.out_dtypes)
+        if learns:
+            return product_gradients.apply(product, a, b, bias, captured)
+        return product.run(a, b, bias, captured)
 
     return run
-
-
-def _plain(b: Tensor | Packed) -> list[Tensor]:
-    return [b] if isinstance(b, Tensor) else []
 
 
 def _captured(operands: MatmulOperands) -> Captured:
     return Captured(operands.a_captured, operands.b_captured, operands.epilogue_captured)
 
 
-def _tensors(bias: Tensor | None, captured: Captured) -> list[Tensor]:
-    given = [] if bias is None else [bias]
-    return [*given, *captured.a, *captured.b, *captured.epilogue]
+def _tensors(a: Tensor, b: Tensor | Packed, bias: Tensor | None, captured: Captured) -> list[Any]:
+    """What has to be readable as it lies in memory; a packed weight's parts are plain tensors."""
+    given: list[Any] = [a, b] if isinstance(b, Tensor) else [a]
+    given += [] if bias is None else [bias]
+    return given if captured is NOTHING else [*given, *captured.a, *captured.b, *captured.epilogue]
 
 
 # ---------------------------------------------------------------------------- one product
@@ -96,19 +106,21 @@ class Product:
     bias_dtype: torch.dtype | None
     out_dtypes: tuple[torch.dtype, ...]
 
-    def run(
-        self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
-    ) -> tuple[Tensor, ...]:
+    def run(self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured) -> tuple[Tensor, ...]:
         """One tensor (..., M, N) for each of ``out_dtypes``."""
-        fused = fuse(self.functions, self.compute, self.bias_dtype, self.out_dtypes, a.shape[-1] > 0)
+        fused = self.fused if a.shape[-1] else self.fused_without_factors
         given = None if fused.bias else bias
         return products.multiply(a, b, given, fused.arrange(captured, bias), self.out_dtypes)
 
-    def differentiable(
-        self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
-    ) -> tuple[Tensor, ...]:
-        """The same, for autograd."""
-        return product_gradients.apply(self, a, b, bias, captured)
+    @cached_property
+    def fused(self) -> Fused:
+        """The functions as the kernel runs them."""
+        return fuse(self.functions, self.compute, self.bias_dtype, self.out_dtypes)
+
+    @cached_property
+    def fused_without_factors(self) -> Fused:
+        """The same for an empty sum."""
+        return fuse(self.functions, self.compute, self.bias_dtype, self.out_dtypes, hoist=False)
 
 
 # ---------------------------------------------------------------------------- a batch of rows
@@ -130,16 +142,23 @@ def _folds(a: Tensor, functions: Functions) -> bool:
 
 def folded_product(product: Product, captured: Captured, rows: int) -> _Folded:
     """The product of a matrix whose rows are those of a batch of matrices of ``rows``."""
+    found = _fold(product)
+    (a, _, epilogue), (a_folded, _, epilogue_folded) = product.functions, found.functions
+    if a is a_folded and epilogue is epilogue_folded:
+        return _Folded(found, captured)
+    count = torch.tensor(rows, dtype=torch.int32)
+    return _Folded(
+        found,
+        Captured(
+            captured.a if a is a_folded else (*captured.a, count),
+            captured.b,
+            captured.epilogue if epilogue is epilogue_folded else (*captured.epilogue, count),
+        ),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _fold(product: Product) -> Product:
     a, b, epilogue = product.functions
     functions = Functions(None if a is None else folded(a), b, None if epilogue is None else folded(epilogue))
-    count = torch.tensor(rows, dtype=torch.int32)
-    given = Captured(
-        _with(captured.a, count, a is not functions.a_prologue),
-        captured.b,
-        _with(captured.epilogue, count, epilogue is not functions.epilogue),
-    )
-    return _Folded(Product(functions, product.compute, product.bias_dtype, product.out_dtypes), given)
-
-
-def _with(tensors: Sequence[Tensor], count: Tensor, wanted: bool) -> Sequence[Tensor]:
-    return (*tensors, count) if wanted else tensors
+    return product if functions == product.functions else replace(product, functions=functions)

@@ -68,12 +68,7 @@ class _Product(torch.autograd.Function):
         a, b, bias, *tensors = ctx.saved_tensors
         need_a, need_b, need_bias, *need_tensors = ctx.needs_input_grad[2:]
         call = Backward(
-            ctx.product,
-            a,
-            ctx.packed or b,
-            bias,
-            _split(tensors, ctx.counts),
-            _split(need_tensors, ctx.counts),
+            ctx.product, a, ctx.packed or b, bias, _split(tensors, ctx.counts), Wanted(*_split(need_tensors, ctx.counts))
         )
         with torch.no_grad():
             found = call.gradients(above, need_a, need_b, need_bias)

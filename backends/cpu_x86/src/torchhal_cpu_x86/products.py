@@ -50,10 +50,11 @@ def multiply(
             results of an epilogue have ``out_dtypes``; without one there is one result, of a type in :data:`STORED`.
         out_dtypes: element types of the results.
     """
-    library = native.load()
+    library = _library()
     (*_, rows, inner), columns = a.shape, b.shape[-1]
     shape: tuple[int, ...] = (rows, columns)
-    batch, batch_dims, keep = _ONE, 0, []
+    keep: list[object] = []
+    batch, batch_dims = _ONE, 0
     if a.dim() != 2 or b.dim() != 2:
         sizes = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
         shape, batch_dims, batch = (*sizes, *shape), len(sizes), _batch(sizes, a, b, keep)
@@ -72,6 +73,12 @@ def multiply(
     return outputs
 
 
+@functools.cache
+def _library() -> native.Native:
+    """The library, without asking for its path in every call."""
+    return native.load()
+
+
 _MATMUL: Final = struct.Struct("=I7i4q3Q3Q5q3Q2Q2QQ")
 """``thal_matmul`` of torchhal_cpu_x86.h, field by field: packing it takes a fifth of the time that ctypes would."""
 _ONE: Final = (1, 0, 0, 0)
@@ -84,9 +91,7 @@ def _types(dtypes: tuple[torch.dtype, ...]) -> array[int]:
     return array("i", [programs.TYPES[dtype] for dtype in dtypes])
 
 
-def _batch(
-    sizes: Sequence[int], a: Tensor, b: Tensor | Operand, keep: list[object]
-) -> tuple[int, int, int, int]:
+def _batch(sizes: Sequence[int], a: Tensor, b: Tensor | Operand, keep: list[object]) -> tuple[int, int, int, int]:
     arrays = [
         array("q", sizes),
         *(array("q", t.expand(*sizes, *t.shape[-2:]).stride()[:-2]) for t in (a, b)),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from torchhal.cli import bench, bench_foreach, cache, doctor, explain, run, tune
+from torchhal.cli import bench, bench_foreach, bench_matmul, cache, doctor, explain, run, tune
 from torchhal.cli.output import out
 
 app = typer.Typer(
@@ -47,5 +47,6 @@ app.command("run", context_settings={"allow_interspersed_args": False}, no_args_
 app.add_typer(explain.app, name="explain")
 app.command("tune")(tune.tune)
 bench.app.command("foreach")(bench_foreach.foreach)
+bench.app.command("matmul")(bench_matmul.matmul)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

@@ -69,7 +69,7 @@ def attention(
     a peer or against another call of the same backend ("cpu, dense" is such a call), is shown with pass or MISS. A
     miss is no error: the exit code is 1 only for a backend whose result is wrong.
     """
-    _set_threads(threads)
+    set_threads(threads)
     if plot is not None:
         chart.require_matplotlib()
         if not plot.absolute().parent.is_dir():
@@ -96,11 +96,11 @@ def attention(
             lengths = growing.QUICK_LENGTHS if quick else growing.LENGTHS
             grown += growing.growths(measured, where, lengths)
     if plot is not None:
-        chart.draw(results, _title(), plot)
+        chart.draw(results, title(), plot)
     if json_output:
         emit(
             {
-                **_context(),
+                **context(),
                 "quick": quick,
                 "ceilings": limits.to_dict(),
                 "cases": [r.to_dict(limits) for r in results],
@@ -128,7 +128,7 @@ def cost(
     json_output: Json = False,
 ) -> None:
     """Measure what torchhal itself costs, each against its budget. Ends with exit code 1 if a budget is exceeded."""
-    _set_threads(threads)
+    set_threads(threads)
     found = registry().get(backend) if backend is not None else _preferred()
     amount = overhead.QUICK if quick else overhead.Amount()
     steps = overhead.steps(found, amount, compiled)
@@ -138,14 +138,14 @@ def cost(
             step(name)
             results += measure()
     if json_output:
-        emit({**_context(), "quick": quick, "overheads": [r.to_dict() for r in results]})
+        emit({**context(), "quick": quick, "overheads": [r.to_dict() for r in results]})
     else:
         _show_overheads(results)
     if any(result.passed is False for result in results):
         raise typer.Exit(FAILED)
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -162,7 +162,7 @@ def _machine() -> str:
     return environment_stamp(registry())["machine"]
 
 
-def _title() -> str:
+def title() -> str:
     threads = torch.get_num_threads()
     return f"{_machine()}, {threads} thread{'' if threads == 1 else 's'}, torch {torch.__version__}"
 
@@ -172,7 +172,7 @@ def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def _note_load() -> None:
+def note_load() -> None:
     load, cores = _load(), os.cpu_count() or 1
     if load is not None and load > cores + 0.5:
         note(
@@ -180,7 +180,7 @@ def _note_load() -> None:
         )
 
 
-def _context() -> dict[str, Any]:
+def context() -> dict[str, Any]:
     return {
         "load_average": _load(),
         "machine": _machine(),
@@ -195,7 +195,7 @@ def _context() -> dict[str, Any]:
 
 def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, plot: Path | None) -> None:
     console = out()
-    console.print(escape(_title()))
+    console.print(escape(title()))
     arithmetic, reading = (
         f"{limits.gflops:.0f} GFLOP/s ({limits.gflops_source})",
         f"{limits.gbps:.1f} GB/s ({limits.gbps_source})",
@@ -226,12 +226,12 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
     _show_needs(results)
     if plot is not None:
         console.print(f"chart: {escape(str(plot))}")
-    _note_load()
+    note_load()
 
 
 def _attention_cells(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
     name = f"[bold]{escape(row.candidate)}[/]" if row.ours else escape(row.candidate)
-    needs = ", ".join(_mark(verdict.passed) for verdict in result.verdicts(row))
+    needs = ", ".join(mark(verdict.passed) for verdict in result.verdicts(row))
     if row.timing is None:
         return [f"{name}: {escape(row.not_run)}", *[""] * 9, needs]
     timing = row.timing
@@ -260,7 +260,7 @@ def _rates(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -
     ]
 
 
-def _mark(passed: bool | None) -> str:
+def mark(passed: bool | None) -> str:
     return {True: "[green]pass[/]", False: "[red]MISS[/]", None: "[dim]-[/]"}[passed]
 
 
@@ -272,7 +272,7 @@ def _show_needs(results: Sequence[measuring.CaseResult]) -> None:
             for verdict in result.verdicts(row):
                 measured = row.not_run or _ratio(verdict)
                 cells = (result.case.name, row.candidate, str(verdict.requirement), measured)
-                made.add_row(*map(escape, cells), _mark(verdict.passed))
+                made.add_row(*map(escape, cells), mark(verdict.passed))
     if made.row_count:
         out().print(made)
 
@@ -294,7 +294,7 @@ def _show_memory(grown: Sequence[growing.Growth]) -> None:
             made.add_row(escape(growth.case.name), escape(f"{growth.backend}: {reason}"))
             continue
         peaks = [f"{growth.peaks[n] / 2**20:.1f} MiB" if n in growth.peaks else "" for n in lengths]
-        needs = f"linear, at most {growing.LINEAR}: {_mark(growth.passed)}" + (
+        needs = f"linear, at most {growing.LINEAR}: {mark(growth.passed)}" + (
             f"; {escape(growth.not_run)}" if growth.not_run else ""
         )
         made.add_row(
@@ -318,7 +318,7 @@ def _show_overheads(results: Sequence[overhead.Overhead]) -> None:
         measured, budget = _amount(result.value, result.unit), _amount(result.budget, result.unit)
         made.add_row(escape(result.what), measured, budget, verdict, escape(result.note))
     out().print(made)
-    _note_load()
+    note_load()
 
 
 def _amount(value: float | None, unit: str) -> str:
