@@ -161,7 +161,7 @@ void set_scratch(MatmulPlan& p) {
   p.at_left = layout.take(p.share_left ? 0 : left * p.real);
   p.at_right = layout.take(p.share_right || p.few_rows ? 0 : p.columns * p.words(p.depth) * p.real);
   p.at_block = layout.take(p.call.a_prologue || p.call.b_prologue ? block * p.real : 0);
-  p.at_indices = layout.take(4 * (kRowsMost + 2 * kLanes));
+  p.at_indices = layout.take(4 * (kChunk + kLanes));
   p.at_program = layout.take(std::max(p.epilogue.bytes, std::max(p.a_prologue.bytes, p.b_prologue.bytes)));
   p.at_buffer = layout.take(std::max<int64_t>(p.source.buffer_bytes, kLanes * kDepthMost * 8));
   p.scratch_bytes = layout.at;

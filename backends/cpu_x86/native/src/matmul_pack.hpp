@@ -105,8 +105,7 @@ inline int64_t type_bytes(int32_t type) { return thal::bytes_of(type); }
 struct Told {
   int32_t batch;
   int32_t *rows, *columns;
-  static constexpr int64_t kBytes = 4 * (thal::kRowsMost + kLanes + 16);
-  explicit Told(char* scratch) : batch(0), rows(reinterpret_cast<int32_t*>(scratch)), columns(rows + thal::kRowsMost) {}
+  explicit Told(char* scratch) : batch(0), rows(reinterpret_cast<int32_t*>(scratch)), columns(rows + kChunk) {}
   static void count(int32_t* out, int64_t first, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(first + i);
   }
