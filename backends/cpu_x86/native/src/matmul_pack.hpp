@@ -36,7 +36,8 @@ void widen_along_rows(const Elements& from, int64_t rows, int64_t columns, int64
 
 // The columns of a square as `count` rows of a panel that has `left` from here on, at its column j.
 template <class V>
-THAL_INLINE void store_square(typename V::F (&square)[V::N], int64_t count, int64_t left, int64_t width, int64_t j, Real<V>* out) {
+THAL_INLINE void store_square(typename V::F (&square)[V::N], int64_t count, int64_t left, int64_t width, int64_t j,
+                              Real<V>* out) {
   V::transpose(square);
   const int64_t lanes = smaller(V::N, width - j);
   for (int64_t i = 0; i < count; ++i, out += width) {
@@ -156,7 +157,8 @@ template <class V>
 thal::PanelSource plain_source(const MatmulPlan& p) {
   const auto fill = [](const void* context, const thal::PanelBlock& block, int64_t width, void* panel, char* buffer) {
     const auto& c = *static_cast<const thal_matmul*>(context);
-    const int64_t first = thal::batch_offset(c, c.b_batch_stride, block.batch) + block.k0 * c.b_stride[0] + block.n0 * c.b_stride[1];
+    const int64_t place = block.k0 * c.b_stride[0] + block.n0 * c.b_stride[1];
+    const int64_t first = thal::batch_offset(c, c.b_batch_stride, block.batch) + place;
     const Elements from{static_cast<const char*>(c.b) + first * type_bytes(c.b_type), c.b_stride[0], c.b_stride[1]};
     widen_any<V>(c.b_type, from, block.depth, block.columns, width, static_cast<Real<V>*>(panel), buffer);
   };
@@ -191,7 +193,8 @@ void pack_right(const MatmulPlan& p, const MatmulBlock& b, void* panels, char* s
     strips.replace(block, width, b.depth, width);
     for (int64_t j = 0, part; j < columns; j += part, to += b.depth * part) {
       part = panel_width<V>(columns - j);
-      widen_along_rows<V, real_type<V>()>({reinterpret_cast<const char*>(block + j), width, 1}, b.depth, smaller(part, columns - j), part, to);
+      const Elements from{reinterpret_cast<const char*>(block + j), width, 1};
+      widen_along_rows<V, real_type<V>()>(from, b.depth, smaller(part, columns - j), part, to);
     }
   }
 }
@@ -206,7 +209,8 @@ void pack_left(const MatmulPlan& p, const MatmulBlock& b, void* panels, char* sc
   const thal_matmul& c = p.call;
   T* to = static_cast<T*>(panels);
   const int64_t size = type_bytes(c.a_type), last = b.first + b.count, pitch = padded(b.depth);
-  const char* data = static_cast<const char*>(c.a) + (thal::batch_offset(c, c.a_batch_stride, b.batch) + b.k0 * c.a_stride[1]) * size;
+  const int64_t first = thal::batch_offset(c, c.a_batch_stride, b.batch) + b.k0 * c.a_stride[1];
+  const char* data = static_cast<const char*>(c.a) + first * size;
   T* block = reinterpret_cast<T*>(scratch + p.at_block);
   char* buffer = scratch + p.at_buffer;
   // The panels are those of the transposed operand: a row for each k.
@@ -221,7 +225,8 @@ void pack_left(const MatmulPlan& p, const MatmulBlock& b, void* panels, char* sc
   }
   for (int64_t m = b.first; m < last; m += kPrologueRows<V>) {
     const int64_t rows = smaller(kPrologueRows<V>, last - m);
-    widen_any<V>(c.a_type, {data + m * c.a_stride[0] * size, c.a_stride[0], c.a_stride[1]}, rows, b.depth, pitch, block, buffer);
+    const Elements from{data + m * c.a_stride[0] * size, c.a_stride[0], c.a_stride[1]};
+    widen_any<V>(c.a_type, from, rows, b.depth, pitch, block, buffer);
     const Strips strips{p.a_prologue, *c.a_prologue, b.batch, m, b.k0, scratch + p.at_program, scratch + p.at_indices};
     strips.replace(block, pitch, rows, pitch);
     for (int64_t i = 0; i < rows; i += V::kRows)

@@ -39,9 +39,10 @@ void zip_pairs(const Elements& from, int64_t depth, int64_t columns, int64_t wid
   const int64_t words = (depth + 1) / 2;
   for (int64_t j = 0; j < width; j += V::N) {
     const char* lines[V::N];
-    for (int64_t i = 0; i < V::N; ++i)
-      lines[i] = j + i < columns ? contiguous_row<2>(from.data + (j + i) * from.column_stride * 2, from.row_stride, depth, buffer + i * kLineBytes)
-                                 : nullptr;
+    for (int64_t i = 0; i < V::N; ++i) {
+      const char* line = from.data + (j + i) * from.column_stride * 2;
+      lines[i] = j + i < columns ? contiguous_row<2>(line, from.row_stride, depth, buffer + i * kLineBytes) : nullptr;
+    }
     for (int64_t w = 0; w < words; w += V::N) {
       typename V::F square[V::N];
       for (int i = 0; i < V::N; ++i) square[i] = lines[i] ? line_words<V>(lines[i], w, depth) : V::zero();
@@ -53,21 +54,27 @@ void zip_pairs(const Elements& from, int64_t depth, int64_t columns, int64_t wid
 template <class V>
 void pack_left_pairs(const MatmulPlan& p, const MatmulBlock& b, void* panels, char* scratch) {
   const thal_matmul& c = p.call;
-  const char* data = static_cast<const char*>(c.a) + (thal::batch_offset(c, c.a_batch_stride, b.batch) + b.k0 * c.a_stride[1]) * 2;
+  const int64_t first = thal::batch_offset(c, c.a_batch_stride, b.batch) + b.k0 * c.a_stride[1];
+  const char* data = static_cast<const char*>(c.a) + first * 2;
   float* to = static_cast<float*>(panels);
-  for (int64_t m = b.first; m < b.first + b.count; m += V::kRows, to += p.words(b.depth) * V::kRows)
-    zip_pairs<V>({data + m * c.a_stride[0] * 2, c.a_stride[1], c.a_stride[0]}, b.depth, smaller(V::kRows, b.first + b.count - m), V::kRows, to, scratch + p.at_buffer);
+  const int64_t last = b.first + b.count;
+  for (int64_t m = b.first; m < last; m += V::kRows, to += p.words(b.depth) * V::kRows) {
+    const Elements from{data + m * c.a_stride[0] * 2, c.a_stride[1], c.a_stride[0]};
+    zip_pairs<V>(from, b.depth, smaller(V::kRows, last - m), V::kRows, to, scratch + p.at_buffer);
+  }
 }
 
 template <class V>
 void pack_right_pairs(const MatmulPlan& p, const MatmulBlock& b, void* panels, char* scratch) {
   const thal_matmul& c = p.call;
-  const char* data = static_cast<const char*>(c.b) + (thal::batch_offset(c, c.b_batch_stride, b.batch) + b.k0 * c.b_stride[0]) * 2;
+  const int64_t first = thal::batch_offset(c, c.b_batch_stride, b.batch) + b.k0 * c.b_stride[0];
+  const char* data = static_cast<const char*>(c.b) + first * 2;
   float* to = static_cast<float*>(panels);
   const int64_t last = b.first + b.count;
   for (int64_t n = b.first, width; n < last; n += width, to += p.words(b.depth) * width) {
     width = panel_width<V>(last - n);
-    zip_pairs<V>({data + n * c.b_stride[1] * 2, c.b_stride[0], c.b_stride[1]}, b.depth, smaller(width, last - n), width, to, scratch + p.at_buffer);
+    const Elements from{data + n * c.b_stride[1] * 2, c.b_stride[0], c.b_stride[1]};
+    zip_pairs<V>(from, b.depth, smaller(width, last - n), width, to, scratch + p.at_buffer);
   }
 }
 
