@@ -12,10 +12,10 @@ There is no run under the thread sanitizer: it sees only synchronisation it has 
 of torch's OpenMP runtime (libgomp), which nobody has instrumented, so it reports a race for every hand-over of work. What
 threads share is little: the call's description, which nobody writes once it has been made; an atomic counter, which gives
 each item to one thread (tasks.hpp); and memory that items write to, of which each has its own. Those are the rows of the
-output, and partial results (schedule.cpp); in a backward pass the rows of the query's gradient, and sums of keys, values,
-masks and captured tensors, of which items that could meet in one place have a copy each (gradients.cpp). What
-is merged is merged after the join, by one thread or again with places of its own for each item. The tests compare results
-of one and of several threads to the bit.
+output, and partial results (schedule.cpp); panels of a matrix product, each written by one task and read after the join
+(matmul.cpp); in a backward pass the rows of the query's gradient, and sums of keys, values, masks and captured tensors, of
+which items that could meet in one place have a copy each (gradients.cpp). What is merged is merged after the join, by one
+thread or again with places of its own for each item. The tests compare results of one and of several threads to the bit.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ TESTS: Final = (
     "test_quantized_pages.py",
     "test_gradients.py",
     "test_gradient_programs.py",
+    "test_matmul.py",
 )
 
 

@@ -66,6 +66,7 @@ lengths = st.one_of(st.integers(0, 40), st.sampled_from([47, 48, 49, 130, 193, 2
 layouts = st.sampled_from(["", "transposed", "rows apart", "all apart"])
 
 
+@pytest.mark.sanitized
 @settings(max_examples=150, deadline=None)
 @given(
     sizes=st.tuples(lengths, lengths, lengths),
@@ -169,6 +170,7 @@ def test_an_empty_sum_is_zero_whatever_its_factors_are() -> None:
     assert torch.equal(found, torch.zeros(3, 5))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 1, 7), (3, 150, 7)])
 def test_functions_of_a_batch_of_rows_are_told_the_indices_of_the_batch(shape: tuple[int, ...]) -> None:
     batch, rows = (
@@ -192,6 +194,7 @@ def test_functions_of_a_batch_of_rows_are_told_the_indices_of_the_batch(shape: t
     torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sanitized
 def test_gathers_in_rows_columns_and_at_computed_places_read_what_torch_reads() -> None:
     table, line = torch.randn(60, 90)[::2, ::3], torch.randn(100)
     a, b = torch.randn(30, 5), torch.randn(5, 30)
@@ -364,6 +367,7 @@ def run_changed(changes: dict[str, Any]) -> int:
     return int(LIBRARY.library.thal_matmul_run(bytes(call)))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -383,6 +387,7 @@ def test_a_wrong_descriptor_is_refused_before_anything_is_read(changes: dict[str
     assert run_changed(changes) == code
 
 
+@pytest.mark.sanitized
 @settings(max_examples=200, deadline=None)
 @given(
     words=st.lists(st.one_of(st.integers(-3, 12), st.integers(-(1 << 63), (1 << 63) - 1)), max_size=40),
