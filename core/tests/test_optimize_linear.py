@@ -202,6 +202,18 @@ def test_the_activation_of_an_mlp_is_the_epilogue_of_the_first_product() -> None
     assert any("captured_tensors" in s for s in epilogues)
 
 
+def test_who_watches_a_layer_of_a_fused_mlp_sees_what_the_layer_gives() -> None:
+    ours = nn.Sequential(MLP()).eval()
+    plain, x, seen = copy.deepcopy(ours), torch.randn(2, 3, 32), {}
+    optimize_linear(ours, **REF)
+    for name in ("w1", "w2", "w3"):
+        layer = ours[0].get_submodule(name)
+        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    out = ours(x)
+    torch.testing.assert_close(seen, {"w1": plain[0].w1(x), "w3": plain[0].w3(x), "w2": plain(x)})
+    torch.testing.assert_close(out, plain(x))
+
+
 class Dropping(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.activation(self.w1(x)) * self.w3(x)
@@ -631,6 +643,16 @@ def test_blocks_drive_a_model_that_never_had_other_weights() -> None:
     for name in ("w1", "w2", "w3"):
         getattr(plain.mlp, name).weight.data = unpack(parts[f"mlp.{name}"]).t()
     torch.testing.assert_close(ours(IDS), plain(IDS), rtol=1e-4, atol=1e-3)
+
+
+def test_one_module_in_two_places_is_named_once() -> None:
+    shared = nn.Linear(32, 32)
+    ours = nn.Sequential(shared, shared)
+    packed = blocks(torch.randn(32, 32))
+    with pytest.raises(InvalidProblem, match="0 and 1 are one module, used in two places; name one of them"):
+        load_packed(ours, {"0": packed, "1": packed}, **REF)
+    load_packed(ours, {"1": packed}, **REF)
+    assert ours[0] is ours[1] and isinstance(ours[0], FusedLinear)
 
 
 def test_blocks_stand_for_numbers_of_the_type_their_layer_had() -> None:

@@ -28,11 +28,10 @@ def load_packed(
 ) -> LinearReport:
     """Swap the named layers of a model, in place, for ones on the given packed weights.
 
-    The layers may be on the meta device: a model whose blocks come from a file needs no memory for other weights. An object that
-    is given for several names is held once, so that an output layer and an embedding stay tied. A weight stands for numbers
-    of the floating type that its layer has. Gated MLPs whose three
-    layers are all packed become :class:`FusedMLP`. To fuse the layers that are not named, call
-    :func:`optimize_linear` afterwards.
+    The layers may be on the meta device: a model whose blocks come from a file needs no memory for other weights. A weight
+    stands for numbers of the floating type that its layer has. One that is given for several names is held once, so that an
+    output layer and an embedding stay tied. Gated MLPs whose three layers are all packed become :class:`FusedMLP`. To fuse the
+    layers that are not named, call :func:`optimize_linear` afterwards.
 
     Args:
         model: changed in place.
@@ -52,6 +51,7 @@ def load_packed(
     """
     surgery = Surgery(model)
     layers = {name: _checked(surgery, name, weight) for name, weight in weights.items()}
+    _refuse_twice(layers)
     before = bytes_of(model)
     storages: dict[int, PackedStorage] = {}
     for name, weight in weights.items():
@@ -95,6 +95,14 @@ def _checked(surgery: Surgery, name: str, weight: object) -> nn.Linear | nn.Embe
             f"{name} expects a weight of shape (K, N) = {wanted} and got {(rows, columns)}{hint}"
         )
     return layer
+
+
+def _refuse_twice(layers: Mapping[str, nn.Module]) -> None:
+    named: dict[int, str] = {}
+    for name, layer in layers.items():
+        other = named.setdefault(id(layer), name)
+        if other != name:
+            raise InvalidProblem(f"{other} and {name} are one module, used in two places; name one of them")
 
 
 def _named(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:

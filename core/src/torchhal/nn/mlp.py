@@ -50,12 +50,20 @@ class FusedMLP(nn.Module):
         """(..., K) to (..., N), row by row."""
         gate, up, down = (self._layer(name) for name in self._roles)
         rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        if _watched(gate) or _watched(up):  # whoever watches a layer sees what it gives by itself
+            return down(self.activation(gate(x)) * up(x))  # type: ignore[no-any-return]
         gated = gate.product(rows, self.activation, self._captured)
         hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])
-        out = down.product(hidden)
+        out: Tensor = down(hidden)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _layer(self, name: str) -> FusedLinear:
         layer = self._modules[name]
         assert isinstance(layer, FusedLinear)
         return layer
+
+
+def _watched(layer: FusedLinear) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
