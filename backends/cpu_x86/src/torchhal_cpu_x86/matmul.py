@@ -21,9 +21,7 @@ from torchhal_cpu_x86.maps import Column, is_readable
 from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, Fused, folded, fuse
 
-Run = Callable[
-    [Tensor, "Tensor | Packed", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]
-]
+Run = Callable[[Tensor, "Tensor | Packed", "Tensor | None", "MatmulOperands | None"], tuple[Tensor, ...]]
 NOTHING: Final = Captured()
 GRADIENTS: Final = frozenset({"backward", "captured_gradient"})
 """Features of a problem that ask for gradients."""
@@ -106,7 +104,9 @@ class Product:
     bias_dtype: torch.dtype | None
     out_dtypes: tuple[torch.dtype, ...]
 
-    def run(self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured) -> tuple[Tensor, ...]:
+    def run(
+        self, a: Tensor, b: Tensor | Operand, bias: Tensor | None, captured: Captured
+    ) -> tuple[Tensor, ...]:
         """One tensor (..., M, N) for each of ``out_dtypes``."""
         fused = self.fused if a.shape[-1] else self.fused_without_factors
         given = None if fused.bias else bias

@@ -91,7 +91,9 @@ def _types(dtypes: tuple[torch.dtype, ...]) -> array[int]:
     return array("i", [programs.TYPES[dtype] for dtype in dtypes])
 
 
-def _batch(sizes: Sequence[int], a: Tensor, b: Tensor | Operand, keep: list[object]) -> tuple[int, int, int, int]:
+def _batch(
+    sizes: Sequence[int], a: Tensor, b: Tensor | Operand, keep: list[object]
+) -> tuple[int, int, int, int]:
     arrays = [
         array("q", sizes),
         *(array("q", t.expand(*sizes, *t.shape[-2:]).stride()[:-2]) for t in (a, b)),
