@@ -128,7 +128,7 @@ def compile_family(
     for case in cases:
         compiled: list[Compiled] = []
         compile_case(
-            CASES[case], FAMILIES[family].capability // 10, _starter(family, case, assembler, compiled)
+            CASES[case], FAMILIES[family].capability // 10, _starter(family, case, assembler, compiled, rare)
         )
         yield from compiled
 
