@@ -117,8 +117,11 @@ def consumer_blackwell_gradient(problem: AttentionProblem) -> Tiles:
 
 
 def data_centre_blackwell_prefill(problem: AttentionProblem) -> Tiles:
-    """As on Hopper, without a limit of registers, within which it would spill."""
-    return replace(hopper_prefill(problem), registers=None)
+    """As on Hopper, without its limit of registers, within which it would spill.
+
+    With a function in it the assembler of CUDA 13.1 would stop at 168 on its own, and spill, if it were not given them all.
+    """
+    return replace(hopper_prefill(problem), registers=None if problem.score_mod is None else 255)
 
 
 def data_centre_blackwell_gradient(problem: AttentionProblem) -> Tiles:
