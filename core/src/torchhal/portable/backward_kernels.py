@@ -11,7 +11,7 @@ of all query heads that share it, of a tile of keys: every sum has one program a
 A weight of 0 does not hide a NaN or an infinity. Where keys may be hidden, a program whose result is not finite says so in
 ``strange``, and a second launch of the same kernel, ``CLEAN``, walks again with such numbers taken out, and ends at once
 everywhere else: a row that sees one of a key has an LSE of NaN already, and one of dO reaches the keys it sees. In one kernel
-both walks would share registers: the one that hardly ever runs would make the other spill 2 KB of them on Hopper.
+both walks would share registers: the one that hardly ever runs would make the other spill 2 KB of them (sm_90a, Triton 3.7).
 """
 
 from __future__ import annotations
