@@ -76,12 +76,9 @@ class Case:
 
 DEFAULT: Final = {
     "prefill-64-causal": Case(64, causal=True),
-    "prefill-128": Case(),
     "decode-128": Case(rows=1),
-    "paged-decode-128": Case(rows=1, layout="paged"),
     "varlen-128-causal": Case(layout="varlen", causal=True),
     "score-mod-64-causal": Case(64, causal=True, mod=True),
-    "window-128": Case(window=True),
     "backward-64-causal": Case(64, causal=True, backward=True),
     "backward-128-causal": Case(causal=True, backward=True),
 }
@@ -89,6 +86,9 @@ DEFAULT: Final = {
 
 CASES: Final = {
     **DEFAULT,
+    "prefill-128": Case(),
+    "paged-decode-128": Case(rows=1, layout="paged"),
+    "window-128": Case(window=True),
     "prefill-256-causal": Case(256, causal=True),
     "prefill-576": Case(576),
     "prefill-128-float16": Case(dtype=torch.float16, causal=True),

@@ -7,6 +7,7 @@ they are not served. :mod:`torchhal_cuda128.crosscompile` compiles the kernels w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import torch
@@ -94,7 +95,9 @@ def consumer_blackwell_prefill(problem: AttentionProblem) -> Tiles:
     size = widest(problem)
     if problem.query_dtype is torch.float32 or size > 256:
         return Tiles(16, 16, 4, 1)
-    return Tiles(64, 64, 4, 2) if size <= 128 else Tiles(32, 32, 4, 1)
+    if size <= 64:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(64, 32, 4, 2) if size <= 128 else Tiles(32, 32, 4, 1)
 
 
 def consumer_blackwell_decode(problem: AttentionProblem) -> Tiles:
@@ -106,11 +109,27 @@ def consumer_blackwell_decode(problem: AttentionProblem) -> Tiles:
 
 
 def consumer_blackwell_gradient(problem: AttentionProblem) -> Tiles:
-    """Of queries, and of keys and values."""
+    """Of queries, and of keys and values: what compiles without spilling registers."""
     size = widest(problem)
     if problem.query_dtype is torch.float32 or size > 128:
         return Tiles(16, 16, 4, 1)
-    return Tiles(64, 64, 4, 1) if size <= 64 else Tiles(32, 32, 4, 1)
+    return Tiles(32, 32, 4, 1)
+
+
+def data_centre_blackwell_prefill(problem: AttentionProblem) -> Tiles:
+    """As on Hopper, without its limit of registers, within which it would spill.
+
+    With a function in it the assembler of CUDA 13.1 would stop at 168 on its own, and spill, if it were not given them all.
+    """
+    return replace(hopper_prefill(problem), registers=None if problem.score_mod is None else 255)
+
+
+def data_centre_blackwell_gradient(problem: AttentionProblem) -> Tiles:
+    """Of queries, and of keys and values: tiles that fill the matrix units and compile without spilling registers."""
+    size = widest(problem)
+    if problem.query_dtype is torch.float32 or size > 256:
+        return Tiles(16, 16, 4, 1)
+    return Tiles(64, 64, 8, 1) if size <= 128 else Tiles(64, 32, 8, 1)
 
 
 class Choices(NamedTuple):
@@ -122,10 +141,14 @@ class Choices(NamedTuple):
     key_gradient: Choice
 
 
-HOPPER: Final = Choices(hopper_prefill, hopper_decode, hopper_query_gradient, hopper_key_gradient)
 TILES: Final[Mapping[int, Choices]] = {
-    9: HOPPER,
-    10: HOPPER,
+    9: Choices(hopper_prefill, hopper_decode, hopper_query_gradient, hopper_key_gradient),
+    10: Choices(
+        data_centre_blackwell_prefill,
+        hopper_decode,
+        data_centre_blackwell_gradient,
+        data_centre_blackwell_gradient,
+    ),
     12: Choices(
         consumer_blackwell_prefill,
         consumer_blackwell_decode,

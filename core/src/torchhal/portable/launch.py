@@ -52,7 +52,7 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], consta
     return functools.partial(_launch, compiled, (*grid, 1, 1)[:3], compiled_in)
 
 
-def _launch(compiled: Any, grid: tuple[int, int, int], compiled_in: list[Any], *arguments: Any) -> None:
+def _launch(compiled: Any, grid: tuple[int, ...], compiled_in: list[Any], *arguments: Any) -> None:
     """Launch a compiled kernel on the current stream: what ``compiled[grid]`` does, or less where no profiler listens."""
     if _runtime().launch_enter_hook is not None or _runtime().launch_exit_hook is not None:
         compiled[grid](*arguments, *compiled_in)
@@ -131,7 +131,7 @@ class Launcher:
             parts = query.new_empty(split * rows * (out.shape[-1] + 2), dtype=torch.float32)
         extra = kept_factor(operands)
         o_strides, lse_strides = strides_of(out), row_strides(lse)
-        arguments = (
+        arguments: tuple[Any, ...] = (
             query, key, value, *self._descriptors(tiles, key, value), out, lse, parts, rows,
             strides_of(query), strides_of(key), strides_of(value), o_strides, lse_strides,
             mask_argument(attn_mask, self.natural), printer.flatten(operands.captured), printer.flatten(operands.mask_captured),
