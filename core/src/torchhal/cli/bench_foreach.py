@@ -33,7 +33,7 @@ def foreach(
 ) -> None:
     """Time an AdamW step written as one function: our backends and torch's optimizers, in turns.
 
-    Shares are of what torch's copy reads and writes, measured in this run, counting each number once. A missed
+    Shares are of what torch reads and writes where it overwrites a large tensor, measured in this run, counting each number once. A missed
     requirement is no error: the exit code is 1 only for a backend whose step is wrong.
     """
     if threads is not None:
@@ -68,7 +68,7 @@ def foreach(
 def _show(results: Sequence[measuring.Result], gbps: float) -> None:
     console = out()
     console.print(escape(bench._title()))
-    console.print(f"limit in this run: {gbps:.1f} GB/s read and written (torch copy of 256 MiB)")
+    console.print(f"limit in this run: {gbps:.1f} GB/s read and written (256 MiB overwritten by torch)")
     numbers = ("median", "p10 .. p90", "GB/s", "of limit", "max error")
     made = table("Foreach", "case", "candidate", *numbers, "needs", numbers=numbers)
     for result in results:
