@@ -167,14 +167,16 @@ class Step : Arithmetic {
   int64_t row_offset(const thal::Index& index, int64_t row, int64_t size, int64_t stride) const {
     const char* p = memory_ + index.at;
     const int64_t at = first_ + row;
-    return place(index.type == Type::kI64 ? reinterpret_cast<const int64_t*>(p)[at] : reinterpret_cast<const int32_t*>(p)[at], size, stride);
+    const bool wide = index.type == Type::kI64;
+    return place(wide ? reinterpret_cast<const int64_t*>(p)[at] : reinterpret_cast<const int32_t*>(p)[at], size, stride);
   }
 
   void add_index(const thal::Index& index, int64_t row, int64_t size, int64_t stride, int64_t* THAL_RESTRICT at) const {
     by_width(index.type, [&](auto kind) {
       using T = decltype(kind);
       if constexpr (std::is_integral_v<T>) {
-        const T* THAL_RESTRICT p = reinterpret_cast<const T*>(memory_ + index.at) + (varies_by_row(index.span) ? row * kLanes : 0);
+        const T* THAL_RESTRICT p = reinterpret_cast<const T*>(memory_ + index.at);
+        p += varies_by_row(index.span) ? row * kLanes : 0;
         THAL_VECTOR_LOOP
         for (int64_t i = 0; i < kLanes; ++i) at[i] += place(p[i], size, stride);
       }

@@ -19,7 +19,7 @@ constexpr int32_t kBatchDimsMost = 16;
 // At 512 to 2048 cubed that was up to 5 % faster than half the height or twice the width.
 constexpr int64_t kTilePanels = 24, kTileColumnBytes = 1024;
 // Packing an operand once instead of in every tile saves this many elements, or is not worth a parallel region of its own.
-constexpr int64_t kSharedSaving = 40000;
+constexpr double kSharedSaving = 40000;
 // Below this many multiply-adds (about 10 us on one core) waking other threads costs more than it brings.
 constexpr double kSerialProducts = 1e6;
 // Reading an element of b takes about as long as multiplying it by so many rows.
@@ -32,8 +32,10 @@ bool is_known(int32_t type) { return type >= 0 && type < THAL_DTYPES; }
 
 int check_sizes(const thal_matmul& c) {
   if (c.M < 0 || c.N < 0 || c.K < 0 || c.batches < 0) return THAL_BAD_SIZE;
-  if (c.M > INT32_MAX || c.N > INT32_MAX || c.K > INT32_MAX || c.batches > INT32_MAX) return THAL_BAD_SIZE;  // indices are int32
-  if (c.batch_dims < 0 || c.batch_dims > kBatchDimsMost || c.outputs < 1 || (c.outputs > 1 && !c.epilogue)) return THAL_BAD_SIZE;
+  // Functions are told indices as int32.
+  if (c.M > INT32_MAX || c.N > INT32_MAX || c.K > INT32_MAX || c.batches > INT32_MAX) return THAL_BAD_SIZE;
+  if (c.batch_dims < 0 || c.batch_dims > kBatchDimsMost) return THAL_BAD_SIZE;
+  if (c.outputs < 1 || (c.outputs > 1 && !c.epilogue)) return THAL_BAD_SIZE;
   if (c.batch_dims && (!c.batch_sizes || !c.a_batch_stride || !c.b_batch_stride)) return THAL_BAD_POINTER;
   int64_t batches = 1;
   for (int32_t d = 0; d < c.batch_dims; ++d) {
@@ -73,7 +75,8 @@ int decode_epilogue(MatmulPlan& p, Type value) {
   const int32_t first = c.out_types[0];
   if (first < 0 || first >= static_cast<int32_t>(Type::kTypes)) return THAL_BAD_DTYPE;
   if (!c.epilogue) {
-    const bool good = p.real == 8 ? first == static_cast<int32_t>(Type::kF64) : first >= static_cast<int32_t>(Type::kF32) && first <= static_cast<int32_t>(Type::kF16);
+    const auto type = static_cast<Type>(first);
+    const bool good = p.real == 8 ? type == Type::kF64 : type == Type::kF32 || type == Type::kBF16 || type == Type::kF16;
     return good ? THAL_OK : THAL_BAD_DTYPE;
   }
   if (const int code = decode_one(*c.epilogue, value, static_cast<Type>(first), p.epilogue)) return code;
@@ -132,7 +135,8 @@ void set_tiles(MatmulPlan& p) {
   const int64_t depth = kDepthMost * p.step;
   p.depth = c.K ? std::min(depth, even(c.K, depth, 32)) : depth;
   const double rows = p.few_rows ? kRowsOfFew : static_cast<double>(c.M);
-  const double products = rows * static_cast<double>(c.N) * static_cast<double>(std::max<int64_t>(c.K, 1)) * static_cast<double>(c.batches);
+  const double inner = static_cast<double>(std::max<int64_t>(c.K, 1));
+  const double products = rows * static_cast<double>(c.N) * inner * static_cast<double>(c.batches);
   const int64_t threads = products < kSerialProducts ? 1 : c.num_threads;
   const auto tiles = [&] { return ceil_div(c.M, p.rows) * ceil_div(c.N, p.columns) * c.batches; };
   while (threads > 1 && tiles() < 2 * threads) {
@@ -148,8 +152,11 @@ void set_tiles(MatmulPlan& p) {
 void set_shared(MatmulPlan& p) {
   const thal_matmul& c = p.call;
   const int64_t left = p.rows * p.words(c.K) * p.real, right = p.columns * p.words(c.K) * p.real;
-  p.share_left = !p.few_rows && (p.column_tiles - 1) * c.M * c.K > (c.a_prologue ? 0 : kSharedSaving) && left <= kSharedLeftBytes;
-  p.share_right = !p.few_rows && (p.row_tiles - 1) * c.N * c.K > (c.b_prologue ? 0 : kSharedSaving) && right <= kSharedRightBytes;
+  // Elements that tiles would pack again.
+  const double again_left = static_cast<double>(c.M * c.K) * static_cast<double>(p.column_tiles - 1);
+  const double again_right = static_cast<double>(c.N * c.K) * static_cast<double>(p.row_tiles - 1);
+  p.share_left = !p.few_rows && again_left > (c.a_prologue ? 0 : kSharedSaving) && left <= kSharedLeftBytes;
+  p.share_right = !p.few_rows && again_right > (c.b_prologue ? 0 : kSharedSaving) && right <= kSharedRightBytes;
   p.group_rows = p.share_left ? std::min(p.row_tiles, kSharedLeftBytes / left) : p.row_tiles;
   p.group_columns = p.share_right ? std::min(p.column_tiles, kSharedRightBytes / right) : p.column_tiles;
 }
@@ -162,7 +169,7 @@ void set_scratch(MatmulPlan& p) {
   p.at_left = layout.take(p.share_left ? 0 : left * p.real);
   p.at_right = layout.take(p.share_right || p.few_rows ? 0 : p.columns * p.words(p.depth) * p.real);
   p.at_block = layout.take(p.call.a_prologue || p.call.b_prologue ? block * p.real : 0);
-  p.at_indices = layout.take(4 * (kRowsMost + 2 * kLanes));
+  p.at_indices = layout.take(4 * (kChunk + kLanes));
   p.at_program = layout.take(std::max(p.epilogue.bytes, std::max(p.a_prologue.bytes, p.b_prologue.bytes)));
   p.at_buffer = layout.take(std::max<int64_t>(p.source.buffer_bytes, kLanes * kDepthMost * 8));
   p.scratch_bytes = layout.at;
@@ -179,7 +186,8 @@ int make_matmul_plan(const thal_matmul& call, MatmulPlan& p) {
   const bool pairs = bf16 && p.isa->bf16_pairs;
   p.kernels = &p.isa->matmul[pairs ? 2 : p.real == 8];
   p.step = pairs ? 2 : 1;
-  p.few_rows = call.M <= kFewRows && call.K > 0 && call.b && !call.b_prologue && (call.b_stride[0] == 1 || call.b_stride[1] == 1);
+  const bool readable = call.b && !call.b_prologue && (call.b_stride[0] == 1 || call.b_stride[1] == 1);
+  p.few_rows = call.M <= kFewRows && call.K > 0 && readable;
   if (const int code = decode_functions(p)) return code;
   p.source = p.kernels->source(p);
   if (call.M == 0 || call.N == 0 || call.batches == 0) return THAL_OK;
@@ -220,9 +228,12 @@ class Run {
         const int64_t columns = std::min(p_.group_columns, p_.column_tiles - column);
         for (int64_t row = 0; row < p_.row_tiles; row += p_.group_rows) {
           const int64_t rows = std::min(p_.group_rows, p_.row_tiles - row);
-          const Shared left{row, p_.share_left ? rows : 0, p_.rows, p_.call.M, p_.kernels->panel_rows, left_, p_.kernels->pack_left};
-          const Shared right{column, p_.share_right && row == 0 ? columns : 0, p_.columns, p_.call.N, p_.kernels->panel_columns / 2,
-                             right_, p_.kernels->pack_right};
+          const MatmulKernels& kernels = *p_.kernels;
+          // What is still there from the part before is not packed again.
+          const int64_t lefts = p_.share_left && (column == 0 || p_.group_rows < p_.row_tiles) ? rows : 0;
+          const int64_t rights = p_.share_right && row == 0 ? columns : 0;
+          const Shared left{row, lefts, p_.rows, p_.call.M, kernels.panel_rows, left_, kernels.pack_left};
+          const Shared right{column, rights, p_.columns, p_.call.N, kernels.panel_columns / 2, right_, kernels.pack_right};
           if (const int code = pack(batch, left, right)) return code;
           if (const int code = tiles(batch, 1, row, rows, column, columns)) return code;
         }
@@ -244,10 +255,13 @@ class Run {
                      [&](int64_t i, int64_t worker) { f(i, scratch_ + worker * p_.scratch_bytes); });
   }
 
-  char* shared_at(char* memory, int64_t tile, int64_t size) const { return memory + tile * size * p_.words(p_.call.K) * p_.real; }
+  char* shared_at(char* memory, int64_t tile, int64_t size) const {
+    return memory + tile * size * p_.words(p_.call.K) * p_.real;
+  }
 
   // Both operands in one parallel region, block by block.
   int pack(int64_t batch, const Shared& left, const Shared& right) const {
+    if (left.count + right.count == 0) return THAL_OK;
     const int64_t blocks = ceil_div(p_.call.K, p_.depth), lefts = left.count * blocks;
     return tasks(lefts + right.count * blocks, [&](int64_t i, char* scratch) {
       const Shared& s = i < lefts ? left : right;
@@ -260,7 +274,8 @@ class Run {
 
   int tiles(int64_t batch0, int64_t batches, int64_t row0, int64_t rows, int64_t column0, int64_t columns) const {
     return tasks(batches * rows * columns, [&](int64_t i, char* scratch) {
-      const int64_t column = column0 + i % columns, row = row0 + i / columns % rows, batch = batch0 + i / columns / rows;
+      // Rows vary fastest: threads get as many of the last, lower tiles, and neighbours read the same columns of b.
+      const int64_t row = row0 + i % rows, column = column0 + i / rows % columns, batch = batch0 + i / rows / columns;
       MatmulTile t{batch, row * p_.rows, 0, column * p_.columns, 0, nullptr, nullptr};
       t.rows = std::min(p_.rows, p_.call.M - t.m0), t.columns = std::min(p_.columns, p_.call.N - t.n0);
       if (p_.share_left) t.left = shared_at(left_, row - row0, p_.rows);

@@ -10,7 +10,8 @@ using thal::MatmulTile;
 
 // b's rows are contiguous: a few of them at a time are added to sums that stay in the L1 cache.
 template <class V, int DT, int M>
-void sum_down(const Elements& b, const Real<V>* a, int64_t pitch, int64_t depth, int64_t columns, Real<V>* tile, int64_t stride) {
+void sum_down(const Elements& b, const Real<V>* a, int64_t pitch, int64_t depth, int64_t columns, Real<V>* tile,
+              int64_t stride) {
   constexpr int kStep = 8;
   constexpr int64_t size = size_of<DT>();
   for (int64_t k = 0; k < depth; k += kStep) {
@@ -37,7 +38,8 @@ void sum_down(const Elements& b, const Real<V>* a, int64_t pitch, int64_t depth,
 
 // b's columns are contiguous: four of them at a time are multiplied by the rows of a.
 template <class V, int DT, int M>
-void sum_along(const Elements& b, const Real<V>* a, int64_t pitch, int64_t depth, int64_t columns, Real<V>* tile, int64_t stride) {
+void sum_along(const Elements& b, const Real<V>* a, int64_t pitch, int64_t depth, int64_t columns, Real<V>* tile,
+               int64_t stride) {
   constexpr int kColumns = 4;
   constexpr int64_t size = size_of<DT>();
   for (int64_t n = 0; n < columns; n += kColumns) {

@@ -12,7 +12,8 @@ namespace {
 template <class V, bool PAIRS, int NR, int NQ>
 THAL_NOINLINE void micro_tile(const Real<V>* left, const Real<V>* right, int64_t depth, Real<V>* c, int64_t stride, bool add) {
   typename V::F acc[NR * NQ];
-  multiply<V, PAIRS, NR, NQ>(acc, AcrossRows<Real<V>>(reinterpret_cast<const char*>(left), V::kRows * sizeof(Real<V>)), right, depth);
+  const AcrossRows<Real<V>> rows(reinterpret_cast<const char*>(left), V::kRows * sizeof(Real<V>));
+  multiply<V, PAIRS, NR, NQ>(acc, rows, right, depth);
   each<NR * NQ>([&](auto i) {
     Real<V>* at = c + i / NQ * stride + i % NQ * V::N;
     V::store(at, add ? V::add(V::load(at), acc[i]) : acc[i]);
@@ -29,7 +30,8 @@ void micro_rows(int64_t rows, const Real<V>* left, const Real<V>* right, int64_t
 
 // A panel of b stays in the L1 cache while the panels of a pass by, which come from the L2 cache.
 template <class V, bool PAIRS>
-void multiply_block(const Real<V>* left, int64_t rows, const Real<V>* right, int64_t columns, int64_t depth, Real<V>* tile, int64_t stride, bool add) {
+void multiply_block(const Real<V>* left, int64_t rows, const Real<V>* right, int64_t columns, int64_t depth, Real<V>* tile,
+                    int64_t stride, bool add) {
   for (int64_t n = 0, width; n < columns; n += width, right += width * depth) {
     width = panel_width<V>(columns - n);
     const Real<V>* a = left;
@@ -74,7 +76,8 @@ template <class V>
 void run_epilogue(const MatmulPlan& p, const MatmulTile& t, const Real<V>* tile, char* scratch) {
   const Strips strips{p.epilogue, *p.call.epilogue, t.batch, t.m0, t.n0, scratch + p.at_program, scratch + p.at_indices};
   strips.each(tile, p.tile_stride(), t.rows, padded(t.columns), [&](Frame& frame, int64_t i, int64_t j) {
-    ResultRows rows{p.epilogue, p.call.out, (t.batch * p.call.M + t.m0 + i) * p.call.N + t.n0 + j, p.call.N, smaller(kLanes, t.columns - j)};
+    const int64_t first = (t.batch * p.call.M + t.m0 + i) * p.call.N + t.n0 + j;
+    ResultRows rows{p.epilogue, p.call.out, first, p.call.N, smaller(kLanes, t.columns - j)};
     frame.sink = ResultRows::take, frame.sink_context = &rows;
     run_program(p.epilogue, frame);
   });
@@ -93,8 +96,8 @@ void sum_tile(const MatmulPlan& p, const MatmulTile& t, Real<V>* tile, char* scr
     const char* right = t.right ? t.right + p.words(k) * columns * p.real : scratch + p.at_right;
     if (!t.left) p.kernels->pack_left(p, {t.batch, t.m0, t.rows, k, depth}, scratch + p.at_left, scratch);
     if (!t.right) p.kernels->pack_right(p, {t.batch, t.n0, t.columns, k, depth}, scratch + p.at_right, scratch);
-    multiply_block<V, PAIRS>(reinterpret_cast<const T*>(left), t.rows, reinterpret_cast<const T*>(right), t.columns, p.words(depth), tile,
-                             p.tile_stride(), k > 0);
+    const auto *a = reinterpret_cast<const T*>(left), *b = reinterpret_cast<const T*>(right);
+    multiply_block<V, PAIRS>(a, t.rows, b, t.columns, p.words(depth), tile, p.tile_stride(), k > 0);
   }
 }
 

@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = product.run(a, b, bias, _split(tensors, counts))
+        outputs = product.run(a, b, bias, Captured(*_parts(tensors, counts)))
         ctx.product, ctx.counts = product, counts
         ctx.packed = None if isinstance(b, Tensor) else b
         ctx.save_for_backward(a, b if ctx.packed is None else None, bias, *tensors)
@@ -68,7 +68,12 @@ class _Product(torch.autograd.Function):
         a, b, bias, *tensors = ctx.saved_tensors
         need_a, need_b, need_bias, *need_tensors = ctx.needs_input_grad[2:]
         call = Backward(
-            ctx.product, a, ctx.packed or b, bias, _split(tensors, ctx.counts), Wanted(*_split(need_tensors, ctx.counts))
+            ctx.product,
+            a,
+            ctx.packed or b,
+            bias,
+            Captured(*_parts(tensors, ctx.counts)),
+            Wanted(*_parts(need_tensors, ctx.counts)),
         )
         with torch.no_grad():
             found = call.gradients(above, need_a, need_b, need_bias)
@@ -80,9 +85,10 @@ class _Product(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _split(items: Sequence[Any], counts: Sequence[int]) -> Captured:
+def _parts(items: Sequence[Any], counts: Sequence[int]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """What belongs to each function, of a list of it all."""
     first, second = counts[0], counts[0] + counts[1]
-    return Captured(items[:first], items[first:second], items[second:])
+    return items[:first], items[first:second], items[second:]
 
 
 # ---------------------------------------------------------------------------- the gradient of one function

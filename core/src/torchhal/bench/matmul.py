@@ -110,7 +110,7 @@ class Gemm(Case):
         return found
 
     def exact(self, operands: Operands, rows: Tensor) -> Tensor:
-        return operands["a"][rows].double() @ operands["b"].double()
+        return cast(Tensor, operands["a"][rows].double() @ operands["b"].double())
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,12 @@ class SwiGLU(Case):
     def exact(self, operands: Operands, rows: Tensor) -> Tensor:
         x = operands["x"][rows].double()
         normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return _silu(normal @ operands["gate"].double().mT) * (normal @ operands["up"].double().mT)
+        gate, up = (cast(Tensor, normal @ operands[name].double().mT) for name in ("gate", "up"))
+        return _silu(gate) * up
 
 
 def _silu(x: Tensor) -> Tensor:
-    return F.silu(x)  # type: ignore[no-any-return]
+    return F.silu(x)
 
 
 _SHORT: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
