@@ -87,10 +87,12 @@ class PackedLinear(Case):
 def _dequantising(operands: Operands, dtype: torch.dtype) -> Call:
     """What torch.compile makes of dequantising, multiplying, adding and GELU."""
     a, bias, weights = operands["a"], operands["bias"], operands["weights"]
-    layer: Callable[..., Tensor] = torch.compile(
-        lambda a, weight, bias: F.gelu(F.linear(a, unpack(weight, torch.float32).to(dtype).t(), bias))
-    )
-    return lambda: layer(a, next(weights), bias)
+
+    def layer(a: Tensor, weight: Packed, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(a, unpack(weight, torch.float32).to(dtype).t(), bias))
+
+    made: Callable[..., Tensor] = torch.compile(layer)
+    return lambda: made(a, next(weights), bias)
 
 
 def _turns(copies: list[Any]) -> Any:
