@@ -38,14 +38,12 @@ class Operand(NamedTuple):
     @staticmethod
     def of(weight: Packed) -> Operand:
         """The weight as an operand (K, N)."""
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in weight.state().items()
-            if isinstance(tensor, Tensor) and not tensor.is_contiguous()
-        }
-        if not tensors:
+        parts = (weight.data,) if isinstance(weight, GGUFWeight) else (weight.data, weight.scale, weight.zero)
+        if all([part is None or part.is_contiguous() for part in parts]):  # noqa: C419 (a list is quicker)
             return Operand(weight)
-        return Operand(type(weight).from_state({**weight.state(), **tensors}))
+        state = weight.state().items()
+        tensors = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in state}
+        return Operand(type(weight).from_state(tensors))
 
     @property
     def shape(self) -> torch.Size:

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from torchhal.bench import matmul as measuring
+from torchhal.bench import packed
 from torchhal.bench.ceilings import Ceilings, ceilings
 from torchhal.bench.timing import QUICK, Effort
 from torchhal.cli import bench
@@ -43,7 +44,7 @@ def matmul(
     if backend is not None:
         found.get(backend)
     try:
-        cases = measuring.chosen(select)
+        cases = measuring.chosen(select, (*measuring.CASES, *packed.CASES))
     except InvalidProblem as error:
         usage(str(error))
     cases = [case.quick() for case in cases] if quick else cases
