@@ -53,6 +53,16 @@ THAL_INLINE void store_square(typename V::F (&square)[V::N], int64_t count, int6
 // Room for a line of a block along K, in any type.
 constexpr int64_t kLineBytes = thal::kDepthMost * 8;
 
+// Lines of an operand along K are short stretches of distant rows, which the processor does not foresee: while some are
+// turned into a panel, the same stretch of those that follow is asked for. Past the end of an operand nothing happens.
+template <class V>
+THAL_INLINE void prefetch_lines(const char* const (&lines)[V::N], int64_t at, int64_t ahead) {
+  for (int i = 0; i < V::N; ++i) {
+    const uintptr_t place = reinterpret_cast<uintptr_t>(lines[i]) + static_cast<uintptr_t>(at + ahead);
+    _mm_prefetch(reinterpret_cast<const char*>(place), _MM_HINT_T1);
+  }
+}
+
 // Rows are contiguous, or `buffer` takes copies of them that are: squares of N x N are transposed in registers.
 template <class V, int DT>
 void widen_across_rows(const Elements& from, int64_t rows, int64_t columns, int64_t width, Real<V>* to, char* buffer) {
@@ -65,6 +75,7 @@ void widen_across_rows(const Elements& from, int64_t rows, int64_t columns, int6
                                  : nullptr;
     for (int64_t k = 0; k < rows; k += V::N) {
       const int some = static_cast<int>(smaller(V::N, rows - k));
+      if (from.row_stride == 1) prefetch_lines<V>(lines, k * size, V::N * from.column_stride * size);
       typename V::F square[V::N];
       for (int i = 0; i < V::N; ++i) {
         if (!lines[i]) square[i] = V::zero();

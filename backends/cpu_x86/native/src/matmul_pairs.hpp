@@ -44,6 +44,7 @@ void zip_pairs(const Elements& from, int64_t depth, int64_t columns, int64_t wid
       lines[i] = j + i < columns ? contiguous_row<2>(line, from.row_stride, depth, buffer + i * kLineBytes) : nullptr;
     }
     for (int64_t w = 0; w < words; w += V::N) {
+      if (from.row_stride == 1) prefetch_lines<V>(lines, w * 4, V::N * from.column_stride * 2);
       typename V::F square[V::N];
       for (int i = 0; i < V::N; ++i) square[i] = lines[i] ? line_words<V>(lines[i], w, depth) : V::zero();
       store_square<V>(square, smaller(V::N, words - w), words - w, width, j, to + w * width + j);

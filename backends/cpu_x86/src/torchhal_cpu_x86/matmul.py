@@ -36,9 +36,10 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
     if refusal is not None:
         return refusal
     compute = reference.compute_dtype(problem)
+    kernel = torch.bfloat16 if problem.dtypes == {torch.bfloat16} else compute
     return Plan(
         run=_runner(problem),
-        description=f"native, {native.load().get_isa(compute)}, packed panels",
+        description=f"native, {native.load().get_isa(kernel)}, packed panels, one rounding",
         differentiable=_wants_gradients(problem),
         workspace="24 MB, and 1 MB for each thread",
     )
