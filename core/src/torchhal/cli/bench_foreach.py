@@ -58,7 +58,7 @@ def foreach(
             )
     if json_output:
         shown = [r.to_dict(gbps) for r in results]
-        emit({**bench._context(), "quick": quick, "moving_gbps": gbps, "cases": shown})
+        emit({**bench.context(), "quick": quick, "moving_gbps": gbps, "cases": shown})
     else:
         _show(results, gbps)
     if any(row.ours and not row.passed for result in results for row in result.rows):
@@ -67,7 +67,7 @@ def foreach(
 
 def _show(results: Sequence[measuring.Result], gbps: float) -> None:
     console = out()
-    console.print(escape(bench._title()))
+    console.print(escape(bench.title()))
     console.print(f"limit in this run: {gbps:.1f} GB/s read and written (256 MiB overwritten by torch)")
     numbers = ("median", "p10 .. p90", "GB/s", "of limit", "max error")
     made = table("Foreach", "case", "candidate", *numbers, "needs", numbers=numbers)
@@ -76,7 +76,7 @@ def _show(results: Sequence[measuring.Result], gbps: float) -> None:
             made.add_row(result.case.name if index == 0 else "", *_cells(result, row, gbps))
         made.add_section()
     console.print(made)
-    bench._note_load()
+    bench.note_load()
 
 
 def _cells(result: measuring.Result, row: measuring.Row, gbps: float) -> list[str]:
