@@ -210,20 +210,25 @@ void sum_columns(const MatmulPlan& p, const SkinnyPart& part) {
 }
 
 template <class V, int SCHEME, int M>
-void sum_rows(const MatmulPlan& p, const SkinnyPart& part, char* scratch) {
-  if (p.call.M > M) {
-    if constexpr (M < thal::kSkinnyRows) sum_rows<V, SCHEME, M + 1>(p, part, scratch);
+void sum_rows(const MatmulPlan& p, const SkinnyPart& part, int64_t rows, char* scratch) {
+  if (rows > M) {
+    if constexpr (M < thal::kRowsTogether) sum_rows<V, SCHEME, M + 1>(p, part, rows, scratch);
   } else if constexpr (kBlocks<SCHEME>) {
     sum_columns<V, SCHEME, M>(p, part);
   } else {
-    float* group_sums = reinterpret_cast<float*>(scratch + p.at_tile) + M * p.tile_stride();
+    float* group_sums = reinterpret_cast<float*>(scratch + p.at_tile) + p.rows * p.tile_stride();
     RowSums<V, SCHEME, M>(p, part, group_sums).run();
   }
 }
 
 template <class V>
 void sum_part(const MatmulPlan& p, const SkinnyPart& part, char* scratch) {
-  by_scheme(p.call.packed->scheme, [&](auto scheme) { sum_rows<V, decltype(scheme)::value, 1>(p, part, scratch); });
+  SkinnyPart some = part;
+  for (int64_t m = 0; m < p.call.M; m += thal::kRowsTogether) {
+    some.rows = part.rows + m * part.pitch, some.sums = part.sums + m * p.tile_stride();
+    const int64_t rows = smaller(thal::kRowsTogether, p.call.M - m);
+    by_scheme(p.call.packed->scheme, [&](auto scheme) { sum_rows<V, decltype(scheme)::value, 1>(p, some, rows, scratch); });
+  }
 }
 
 template <class V>
