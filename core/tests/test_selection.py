@@ -11,7 +11,7 @@ import torch
 from fake_backends import EVERYTHING, Install, backend, constant_plan
 
 import torchhal
-from torchhal import Decline, Plan, lock
+from torchhal import Decline, Plan, _caches, lock
 from torchhal.errors import (
     AmbiguousBackends,
     BackendWarning,
@@ -320,3 +320,11 @@ def test_selecting_again_gives_the_cached_choice(install: Install) -> None:
     problem = AttentionProblem(device=torch.device("cpu"))
     assert select(problem) is select(problem)
     assert len(asked) == 1
+
+
+def test_a_cache_of_choices_keeps_the_latest_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_caches, "REMEMBERED", 3)
+    cache = _caches.fast_cache()
+    for key in (1, 2, 3, 1, 4):
+        cache[key] = key
+    assert list(cache) == [2, 3, 4]

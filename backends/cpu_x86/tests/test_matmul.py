@@ -164,6 +164,29 @@ def test_what_is_no_factor_of_a_row_stays_in_the_prologue(prologue: Callable[...
     assert fuse(Functions(graph), torch.float32, None, (torch.float32,)).functions.a_prologue is graph
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_a_prologue_of_many_rows_and_a_deep_panel_has_room(isa: str) -> None:
+    a, b = torch.randn(64, 700), torch.randn(700, 130)
+    exact = (a.double().sin() @ b.double()).float()
+    with instruction_set(isa):
+        found = multiply(a, b, a_prologue=torch.sin)
+        wide = multiply(a.double(), b, a_prologue=torch.sin)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(wide.float(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_results_are_on_the_cpu_whatever_the_default_device() -> None:
+    a, b = torch.randn(2, 5, 7), torch.randn(7, 4)
+    with torch.device("meta"):
+        found = multiply(a, b, epilogue=lambda v, i, m, n: v + i)
+    assert torch.equal(found, multiply(a, b, epilogue=lambda v, i, m, n: v + i))
+
+
+def test_many_batch_dimensions_of_one_are_no_more_than_one() -> None:
+    a, b = torch.randn((1,) * 17 + (2, 3)), torch.randn((1,) * 17 + (3, 2))
+    torch.testing.assert_close(multiply(a, b), a @ b)
+
+
 def test_an_empty_sum_is_zero_whatever_its_factors_are() -> None:
     scale = torch.full((3,), torch.inf)
     found = multiply(torch.ones(3, 0), torch.ones(0, 5), a_prologue=lambda v, i, m, k: v * scale[m])
@@ -310,6 +333,22 @@ def test_gradients_are_the_same_bits_every_time() -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+def test_a_gradient_that_is_stored_negated_counts_with_its_sign() -> None:
+    a, b = torch.randn(4, 6, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    above = torch.randn(4, 3, dtype=torch.complex64).conj().imag
+    assert above.is_neg()
+    multiply(a, b).backward(above)
+    torch.testing.assert_close(a.grad, above.resolve_neg() @ b.detach().mT)
+    torch.testing.assert_close(b.grad, a.detach().mT @ above.resolve_neg())
+
+
+def test_gradients_go_where_indices_past_the_end_were_read() -> None:
+    table = torch.randn(3, 4, requires_grad=True)
+    a, b = torch.randn(3, 5), torch.randn(5, 4)
+    multiply(a, b, epilogue=lambda v, i, m, n: v + table[m, n + 1]).sum().backward()
+    assert torch.equal(table.grad, torch.tensor([0.0, 1.0, 1.0, 2.0]).expand(3, 4))
+
+
 def test_a_second_derivative_is_refused_in_words() -> None:
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     (gradient,) = torch.autograd.grad(multiply(a, b, epilogue=torch.tanh).sum(), a, create_graph=True)
@@ -376,7 +415,7 @@ def run_changed(changes: dict[str, Any]) -> int:
         ({"a_type": 4}, 2), ({"b_type": -1}, 2), ({"out_type": 0}, 2), ({"out_type": 99}, 2), ({"out_type": 9}, 2),
         ({"isa": 99}, 3), ({"isa": -3}, 3),
         ({"M": -1}, 4), ({"N": -1}, 4), ({"K": 1 << 31}, 4), ({"batches": 2}, 4), ({"batches": -1}, 4), ({"outputs": 0}, 4),
-        ({"outputs": 2}, 4), ({"batch_dims": 17}, 4), ({"batch_dims": -1}, 4),
+        ({"outputs": 2}, 4), ({"batch_dims": 65}, 4), ({"batch_dims": -1}, 4),
         ({"batch_dims": 1}, 5), ({"a": None}, 5), ({"b": None}, 5), ({"out": None}, 5), ({"out_types": None}, 5),
         ({"out_pointer": None}, 5),
         ({"num_threads": 0}, 7), ({"num_threads": 2, "parallel": None}, 7),
@@ -397,6 +436,11 @@ def test_words_that_are_no_program_are_refused(words: list[int], place: str) -> 
     numbers = (ctypes.c_int64 * max(len(words), 1))(*words)
     function = products.programs.Function(ctypes.addressof(numbers), len(words), None, 0)
     assert run_changed({place: ctypes.addressof(function)}) in (0, 2, 10)
+
+
+def test_a_result_of_a_type_that_is_not_written_is_declined() -> None:
+    with pytest.raises(Unsupported, match="float8_e4m3fn"):
+        multiply(torch.ones(4, 4), torch.ones(4, 4), out_dtype=torch.float8_e4m3fn)
 
 
 def test_a_plan_says_what_serves_and_packed_weights_are_declined_or_served() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+REMEMBERED: Final = 4096
+"""Choices kept. A function that closes over a number that changes makes a new problem at every call."""
 
 Cache = TypeVar("Cache", dict[Any, Any], list[Any])
 _forgotten: list[dict[Any, Any] | list[Any]] = []
@@ -14,9 +17,18 @@ def forgotten_on_reset(cache: Cache) -> Cache:
     return cache
 
 
+class _Bounded(dict[Any, Any]):
+    """Forgets its oldest entry for one too many."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= REMEMBERED and key not in self:
+            self.pop(next(iter(self)), None)
+        super().__setitem__(key, value)
+
+
 def fast_cache() -> dict[Any, Any]:
-    """A dictionary of choices that a reset empties."""
-    return forgotten_on_reset({})
+    """A dictionary of the last :data:`REMEMBERED` choices, which a reset empties."""
+    return forgotten_on_reset(_Bounded())
 
 
 def forget_all() -> None:

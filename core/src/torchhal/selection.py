@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchhal import environment, lock, scope
 from torchhal import registry as registry_module
-from torchhal._caches import fast_cache, forget_all
+from torchhal._caches import REMEMBERED, fast_cache, forget_all
 from torchhal.errors import AmbiguousBackends, BackendWarning, FallbackWarning, InvalidProblem, Unsupported
 from torchhal.problems import FUSIONS, Decline, Plan, Problem
 from torchhal.registry import REFERENCE, Backend, Registry, registry
@@ -99,10 +99,6 @@ def _selected_of(plan: Plan | None, route: Route) -> Selected:
     if plan and not plan.traceable and route.problem.family == "attention":  # an operator calls none of it
         run = scope.uninstalled(plan.run)
     return Selected(plan, route, run, route._calls.__next__)
-
-
-REMEMBERED: Final = 4096
-"""Choices kept. A function that closes over a number that changes makes a new problem at every call."""
 
 
 class _Explaining(str):

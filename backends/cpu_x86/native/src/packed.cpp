@@ -17,8 +17,10 @@ constexpr int64_t kRowColumns = 4096;
 constexpr int64_t kParts = 8;
 // The least of K in a part, and of columns in a tile.
 constexpr int64_t kLeastDepth = 256, kLeastColumns = 16;
-// Elements of a that are widened on one thread: waking others costs more.
+// Elements that rows of a are padded to, a block.
 constexpr int64_t kPitchStep = 32;
+// Multiply-adds below which one thread does it all: waking another takes as long.
+constexpr double kAloneMost = 1e5;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -127,7 +129,8 @@ void plan_skinny(MatmulPlan& p) {
   p.splits = std::max<int64_t>(1, std::min(kParts / 2 / p.column_tiles, c.K / kLeastDepth));
   p.split_depth = round_up(ceil_div(c.K, p.splits), kLeastDepth / 2);
   p.splits = ceil_div(c.K, p.split_depth);
-  p.workers = p.workers == 1 && static_cast<double>(c.M * c.N) * static_cast<double>(c.K) < 1e6 ? 1 : std::min<int64_t>(c.num_threads, p.column_tiles * p.splits);
+  const bool alone = static_cast<double>(c.M * c.N) * static_cast<double>(c.K) < kAloneMost;
+  p.workers = alone ? 1 : std::min<int64_t>(c.num_threads, p.column_tiles * p.splits);
   Scratch layout;
   p.at_tile = layout.take((2 * p.rows + 1) * p.tile_stride() * p.real);  // and the sums and zeros of a group
   p.at_left = layout.take(c.M * kDepthMost * p.real);

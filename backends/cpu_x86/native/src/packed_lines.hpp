@@ -40,7 +40,15 @@ template <int SCHEME>
 struct Block {
   const uint8_t* data;
   float scale() const { return half_at(data); }
-  float minimum() const { return half_at(data + 2); }
+  float minimum() const { return SCHEME == THAL_PACKED_Q4_1 ? half_at(data + 2) : 0.0f; }
+  template <class V>
+  THAL_INLINE typename V::F scales() const {
+    return V::set1_half(data);
+  }
+  template <class V>
+  THAL_INLINE typename V::F minima() const {
+    return SCHEME == THAL_PACKED_Q4_1 ? V::set1_half(data + 2) : V::zero();
+  }
   const uint8_t* quants() const { return data + (SCHEME == THAL_PACKED_Q4_1 ? 4 : 2); }
 
   // Quants i * N to (i + 1) * N, less the 8 that those of Q4_0 are too large.
@@ -66,10 +74,10 @@ struct Block {
 template <class V, int SCHEME>
 void decode_block(const Block<SCHEME>& block, Real<V>* out) {
   if constexpr (sizeof(Real<V>) == 8) {
-    const double scale = block.scale(), minimum = SCHEME == THAL_PACKED_Q4_1 ? block.minimum() : 0.0;
+    const double scale = block.scale(), minimum = block.minimum();
     for (int64_t i = 0; i < kBlockElements; ++i) out[i] = block.number(i) * scale + minimum;
   } else {
-    const auto scale = V::set1(block.scale()), minimum = V::set1(SCHEME == THAL_PACKED_Q4_1 ? block.minimum() : 0.0f);
+    const auto scale = block.template scales<V>(), minimum = block.template minima<V>();
     each<kBlockElements / V::N>([&](auto i) {
       V::store(out + i * V::N, block.template scaled<V>(block.template numbers<V, decltype(i)::value>(), scale, minimum));
     });

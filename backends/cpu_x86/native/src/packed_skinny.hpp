@@ -183,7 +183,7 @@ void sum_columns(const MatmulPlan& p, const SkinnyPart& part) {
       each<kColumns>([&](auto i) {
         const Block<SCHEME> block{at[i] + b * block_bytes(SCHEME)};
         _mm_prefetch(reinterpret_cast<const char*>(block.data + kColumns * line), _MM_HINT_T0);
-        const F scale = V::set1(block.scale());
+        const F scale = block.template scales<V>();
         if constexpr (M == 1 && SCHEME != THAL_PACKED_Q4_1) {
           F sum = V::mul(block.template numbers<V, 0>(), V::load(a));
           each<kVectors - 1>([&](auto v) {
@@ -192,7 +192,7 @@ void sum_columns(const MatmulPlan& p, const SkinnyPart& part) {
           });
           acc[i] = V::fma(sum, scale, acc[i]);
         } else {
-          const F minimum = V::set1(SCHEME == THAL_PACKED_Q4_1 ? block.minimum() : 0.0f);
+          const F minimum = block.template minima<V>();
           each<kVectors>([&](auto v) {
             const F x = block.template scaled<V>(block.template numbers<V, decltype(v)::value>(), scale, minimum);
             each<M>([&](auto m) { acc[i * M + m] = V::fma(x, V::load(a + m * part.pitch + v * V::N), acc[i * M + m]); });

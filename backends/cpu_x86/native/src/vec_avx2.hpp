@@ -24,6 +24,11 @@ struct Vec256 {
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float x) { return _mm256_set1_ps(x); }
+  static F set1_half(const void* p) {
+    int16_t bits;
+    std::memcpy(&bits, p, 2);
+    return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+  }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

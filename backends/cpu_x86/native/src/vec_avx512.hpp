@@ -24,6 +24,12 @@ struct Vec512 {
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float x) { return _mm512_set1_ps(x); }
+  // A float16 of memory in all lanes: spread before it is widened, it never passes through a general register.
+  static F set1_half(const void* p) {
+    int16_t bits;
+    std::memcpy(&bits, p, 2);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+  }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }

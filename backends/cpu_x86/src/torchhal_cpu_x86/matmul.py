@@ -15,7 +15,7 @@ from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise.factors import reads
 from torchhal.problems import MatmulProblem
 from torchhal.reference import matmul as reference
-from torchhal_cpu_x86 import hardware, native, packed, product_gradients, products
+from torchhal_cpu_x86 import hardware, native, packed, product_gradients, products, programs
 from torchhal_cpu_x86.gradients import is_transformed
 from torchhal_cpu_x86.maps import Column, is_readable
 from torchhal_cpu_x86.packed import Operand
@@ -35,6 +35,11 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
     refusal = None if problem.packing is None else packed.decline(problem)
     if refusal is not None:
         return refusal
+    unknown = sorted(str(dtype) for dtype in set(problem.out_dtypes) - programs.TYPES.keys())
+    if unknown:
+        return Decline(
+            "out_dtype", f"results are written in types of the vector machine, not {', '.join(unknown)}"
+        )
     compute = reference.compute_dtype(problem)
     kernel = torch.bfloat16 if problem.dtypes == {torch.bfloat16} else compute
     return Plan(
@@ -147,7 +152,7 @@ def folded_product(product: Product, captured: Captured, rows: int) -> _Folded:
     (a, _, epilogue), (a_folded, _, epilogue_folded) = product.functions, found.functions
     if a is a_folded and epilogue is epilogue_folded:
         return _Folded(found, captured)
-    count = torch.tensor(rows, dtype=torch.int32)
+    count = torch.tensor(rows, dtype=torch.int32, device="cpu")
     return _Folded(
         found,
         Captured(

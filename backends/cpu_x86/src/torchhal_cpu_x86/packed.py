@@ -75,7 +75,7 @@ class Operand(NamedTuple):
 
     def expand(self, *shape: int) -> Tensor:
         """A stand-in whose strides along the batch are 0, as the weight serves all of it."""
-        return torch.empty(1).expand(shape)
+        return torch.empty(1, device="cpu").expand(shape)
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
         """A part of it as a tensor, of which there is none but the empty one."""
@@ -83,7 +83,7 @@ class Operand(NamedTuple):
             raise ValueError("only an empty part of a packed weight is a tensor")
         shape = list(self.shape)
         shape[dim] = 0
-        return torch.empty(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def description(self) -> array[int]:
         """``thal_packed`` of torchhal_cpu_x86.h, which the native library reads while this and the weight live."""

@@ -66,6 +66,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *above: Tensor | None) -> tuple[Tensor | None, ...]:
         a, b, bias, *tensors = ctx.saved_tensors
+        above = tuple(None if gradient is None else gradient.resolve_neg() for gradient in above)
         need_a, need_b, need_bias, *need_tensors = ctx.needs_input_grad[2:]
         call = Backward(
             ctx.product,
@@ -346,7 +347,7 @@ def collect(
         tensor = captured[use.captured]
         total = sums[use.captured]
         if total is None:
-            total = sums[use.captured] = torch.zeros(tensor.shape, dtype=torch.float64)
+            total = sums[use.captured] = torch.zeros(tensor.shape, dtype=torch.float64, device="cpu")
         values = _three_dimensional(results[use.value])
         if use.axes is not None:
             _add_sums(total, values, use.axes)
@@ -369,9 +370,11 @@ def _add_sums(total: Tensor, values: Tensor, axes: Sequence[int]) -> None:
 
 
 def _add_elements(total: Tensor, values: Tensor, indices: Sequence[Tensor]) -> None:
-    place = torch.zeros((), dtype=torch.int64)
+    place = torch.zeros((), dtype=torch.int64, device="cpu")
     for index, size, stride in zip(indices, total.shape, total.stride(), strict=True):
-        place = place + torch.where(index < 0, index + size, index).to(torch.int64).flatten() * stride
+        # Where the forward pass read: an index out of range is taken to the nearest element.
+        counted = torch.where(index < 0, index + size, index).clamp(0, size - 1)
+        place = place + counted.to(torch.int64).flatten() * stride
     flat = values.flatten().to(torch.float64)
     total.view(-1).index_add_(
         0, place.expand(flat.shape), flat

@@ -58,7 +58,7 @@ def multiply(
     if a.dim() != 2 or b.dim() != 2:
         sizes = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
         shape, batch_dims, batch = (*sizes, *shape), len(sizes), _batch(sizes, a, b, keep)
-    outputs = tuple([torch.empty(shape, dtype=dtype) for dtype in out_dtypes])
+    outputs = tuple([torch.empty(shape, dtype=dtype, device="cpu") for dtype in out_dtypes])
     pointers = array("Q", [out.data_ptr() for out in outputs])
     added = _NO_BIAS if bias is None else (native.DTYPES[bias.dtype], bias.data_ptr(), bias.stride(0))
     addresses = (0, 0, 0) if functions == NO_FUNCTIONS else tuple([_function(f, keep) for f in functions])
