@@ -249,7 +249,7 @@ def test_bench_attention_reports_every_candidate_and_draws_the_chart(
         "bench", "attention", "--quick", "--cases", "small-decode-128-d64-f32", "--plot", str(file)
     )
     (case,) = told["cases"]
-    assert [c["candidate"] for c in case["candidates"]] == ["fast", "torch sdpa"]
+    assert [c["candidate"] for c in case["candidates"]] == ["fast", "torch sdpa", "torch sum, same bytes"]
     assert all(c["passed"] and c["seconds"]["median"] > 0 for c in case["candidates"])
     assert told["ceilings"]["gflops_source"] == "probe of fast"
     assert file.exists()

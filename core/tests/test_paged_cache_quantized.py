@@ -94,7 +94,8 @@ def test_a_token_is_off_by_half_a_step_of_its_own_scale_at_most(
     step = wanted.abs().amax(-1, keepdim=True) / LARGEST[kind]
     # A float8 number has three bits of fraction: half a step is a sixteenth of a number, or a subnormal 2**-10.
     off = step / 2 if kind is INT8 else torch.maximum(wanted.abs() / 16, step * 2.0**-10)
-    assert ((found - wanted).abs() <= off * (1 + 1e-6) + 2.0**-127).all()
+    # The quotient, the scale and the product are each rounded to float32: of up to 127 steps, 127 * 2**-24 of one.
+    assert ((found - wanted).abs() <= off * (1 + 1e-4) + 2.0**-127).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
