@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchhal import _caches, foreach
 from torchhal.errors import CaptureError, InvalidProblem
 from torchhal.foreach import foreach_map
 from torchhal.selection import routes
@@ -46,6 +47,20 @@ def test_types_promote_as_in_torch_however_operands_arrive(tensors: list[Any], n
         foreach_map(lambda x, y, n: x * y + n, xs, ys, number),
         [x * y + number for x, y in zip(xs, ys, strict=True)],
     )
+
+
+def test_functions_that_close_over_a_changing_number_are_forgotten_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_caches, "REMEMBERED", 4)
+    caches = (foreach._plans, foreach._common, foreach._direct)
+    for cache in caches:
+        cache.clear()
+    for number in range(9):
+        factor = number + 0.5
+        (found,) = foreach_map(lambda x, factor=factor: x * factor, [torch.ones(3)])
+        assert found.tolist() == [factor] * 3
+    assert all(len(cache) <= 4 for cache in caches) and foreach._common
 
 
 def test_lists_of_numbers_and_scalars_go_along() -> None:

@@ -124,6 +124,18 @@ def test_writes_that_overlap_are_refused_before_anything_is_written(case: str) -
     assert FLAT.tolist() == list(range(12))
 
 
+def test_a_destination_shares_nothing_with_a_captured_tensor() -> None:
+    buffer = torch.ones(4)
+    scalar = buffer[0]
+    with pytest.raises(
+        InvalidProblem, match="at position 0 shares memory with a tensor that the function cap"
+    ):
+        foreach_map(lambda x: x * 2 + scalar, [buffer], out=[buffer])
+    assert buffer.tolist() == [1.0] * 4
+    foreach_map(lambda x: x * 2 + scalar, [buffer[1:]], out=[buffer[1:]])
+    assert buffer.tolist() == [1.0] + [3.0] * 3
+
+
 def test_pieces_of_one_buffer_are_destinations_if_they_share_no_element() -> None:
     for cut in (lambda b: [b[:3], b[3:6]], lambda b: [b[:6:2], b[1:6:2]], lambda b: [b[:3], b[:0]]):
         out = cut(torch.zeros(12))

@@ -83,6 +83,29 @@ def test_counts_are_each_parameters_own() -> None:
     assert len({t.data_ptr() for t in saved}) == len(saved)
 
 
+def test_a_parameter_without_a_gradient_keeps_the_count_it_shared() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours = optim.AdamW([p, q])
+    for absent in (False, True, False):
+        p.grad, q.grad = torch.ones(3), None if absent else torch.ones(3)
+        ours.step()
+    assert [float(ours.state[t]["step"]) for t in (p, q)] == [3.0, 2.0]
+
+
+def test_counts_are_float32_whatever_the_default() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    ours = optim.AdamW([p])
+    p.grad = torch.ones(3)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        for _ in range(2):
+            ours.step()
+            assert ours.state[p]["step"].dtype is torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_checkpoint_of_a_capturable_fused_optimizer_goes_on_in_one_pass() -> None:
     p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     theirs = torch.optim.AdamW([p], fused=True)

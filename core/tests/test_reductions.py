@@ -106,6 +106,12 @@ def test_types_may_vary_along_the_lists_and_a_total_takes_the_widest() -> None:
     assert total.dtype is torch.float64 and total.item() == 10.0
 
 
+def test_a_total_of_integers_of_several_types_is_exact() -> None:
+    xs = [torch.tensor([2**53 + 1]), torch.tensor([5], dtype=torch.int32)]
+    total = foreach_reduce(lambda x: x * 1, xs, reduction="max", total=True)
+    assert total.dtype is torch.int64 and total.item() == 2**53 + 1
+
+
 def test_several_results_are_reduced_each() -> None:
     sums, products = foreach_reduce(lambda x, y: (x + y, x * y), [torch.ones(3)], [torch.full((3,), 2.0)])
     assert (sums[0].item(), products[0].item()) == (9.0, 6.0)

@@ -39,6 +39,33 @@ def test_views_that_negate_and_subclasses_give_what_torch_gives(view: Callable[[
     assert torch.equal(found, x * 2) and type(found) is type(x * 2)
 
 
+def test_captured_tensors_destinations_and_gradients_may_be_views_that_negate() -> None:
+    scalar = torch.tensor(1 + 2j).conj().imag
+    (found,) = torchhal.foreach_map(lambda x: x * scalar, [torch.ones(3)], backend="cpu_x86")
+    assert scalar.is_neg() and found.tolist() == [-2.0] * 3
+    out = torch._neg_view(torch.zeros(3))
+    twice([torch.ones(3)], out=[out])
+    assert out.tolist() == [2.0] * 3
+    x = torch.ones(3, requires_grad=True)
+    twice([x])[0].backward(torch._neg_view(torch.ones(3)))
+    assert x.grad is not None and x.grad.tolist() == [-2.0] * 3
+
+
+@pytest.mark.parametrize("function", [torch.Tensor.exp_, torch.Tensor.sigmoid_])
+def test_gradients_pass_through_functions_that_work_in_place(function: Callable[..., Any]) -> None:
+    found = []
+    for served in (True, False):
+        leaf = torch.linspace(-1, 1, 5, requires_grad=True)
+        m = leaf * 2
+        if served:
+            torchhal.foreach_map(function, [m], backend="cpu_x86")
+        else:
+            function(m)
+        m.sum().backward()  # type: ignore[no-untyped-call]
+        found.append(leaf.grad)
+    assert torch.allclose(found[0], found[1], rtol=1e-6)
+
+
 def test_destinations_in_other_strides_and_types_are_written_where_they_lie() -> None:
     xs = [torch.randn(5, 7), torch.randn(40)]
     wide = torch.full((7, 10), torch.nan, dtype=torch.float64)

@@ -200,6 +200,17 @@ def test_tensors_that_are_not_plain_memory_are_served_all_the_same(change: Any) 
         assert torch.allclose(found, one.float()) and torch.allclose(held, two.float())
 
 
+def test_a_call_of_tensors_without_dimensions_says_nothing_of_one_of_others() -> None:
+    scalar = torch.tensor(1.0, dtype=torch.float64)
+
+    def call(*xs: Tensor) -> list[torch.dtype]:
+        return [t.dtype for t in torchhal.foreach_map(torch.add, list(xs), scalar, backend="cpu_x86")]
+
+    none, some = torch.tensor(1.0), torch.ones(3)
+    assert call(none) == [torch.float64] and call(some) == [torch.float32]
+    assert call(some, none) == [torch.float32, torch.float64]
+
+
 def test_a_leaf_that_requires_grad_is_refused_as_by_torch() -> None:
     p, g, m = lists()
     run(p, g, m)
@@ -247,6 +258,37 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sums_have_the_same_bits_with_gradients_asked_for(dtype: torch.dtype) -> None:
+    def call(xs: list[Tensor], ys: list[Tensor]) -> Any:
+        return torchhal.foreach_reduce(lambda x, y: (x * x * y, (x > 0).long()), xs, ys, backend="cpu_x86")
+
+    sizes = ((700, 100), (0,), (3,), (70_001,))
+    xs, ys = ([torch.randn(size).to(dtype).requires_grad_() for size in sizes] for _ in range(2))
+    with torch.no_grad():
+        plain = call(xs, ys)
+    found = call(xs, ys)
+    for mine, other in zip(found, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    assert found[0][0].requires_grad and not found[1][0].requires_grad
+    grads = torch.autograd.grad(sum(found[0]), [*xs, *ys])
+    wanted = torch.autograd.grad(sum((x * x * y).sum() for x, y in zip(xs, ys, strict=True)), [*xs, *ys])
+    assert all(torch.allclose(a, b, rtol=0.02, atol=1e-6) for a, b in zip(grads, wanted, strict=True))
+
+
+def test_sums_have_second_derivatives() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    s = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return torchhal.foreach_reduce(lambda a, b, c: torch.tanh(a * b) * c, [x], [y], s, backend="cpu_x86")[
+            0
+        ]
+
+    assert torch.autograd.gradcheck(call, (x, y, s)) and torch.autograd.gradgradcheck(call, (x, y, s))
 
 
 def test_second_derivatives_come_from_the_same_code() -> None:

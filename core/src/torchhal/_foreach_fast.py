@@ -34,6 +34,8 @@ def glance(operands: Sequence[Any], out: Any) -> tuple[object, ...] | None:
             first = operand[0]
             if type(first) is not float and type(first) not in _PLAIN:
                 return None
+            if type(first) is not float and not first.dim():  # promotes in a way of its own
+                return None
             parts.append((first.dtype, first.device) if isinstance(first, Tensor) else list)
         else:
             return None

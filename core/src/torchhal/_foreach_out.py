@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,11 +109,23 @@ class _Span(NamedTuple):
     """Tells spans apart before the tensors are compared, which they can not be."""
     tensor: Tensor
     position: int
+    """``_SCALAR`` or ``_CAPTURED`` for a tensor that is read at every one."""
     written: bool
 
 
-def check_aliasing(entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]) -> None:
+_SCALAR: Final = -1
+_CAPTURED: Final = -2
+
+
+def check_aliasing(
+    entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]], captured: Sequence[Tensor] = ()
+) -> None:
     """Refuse destinations that share memory with one another, themselves, or an operand they are not exactly.
+
+    Args:
+        entries: the operands.
+        lists: the destinations.
+        captured: tensors that the function captures, with which no destination may share memory.
 
     Raises:
         InvalidProblem: says which destination and what it shares memory with.
@@ -132,7 +144,9 @@ def check_aliasing(entries: Sequence[Entry], lists: Sequence[Sequence[Tensor]]) 
                 if not any(tensor is items[position] for items in lists):
                     _add(spans, tensor, position, False)
         elif isinstance(entry.content, Tensor):
-            _add(spans, entry.content, -1, False)
+            _add(spans, entry.content, _SCALAR, False)
+    for tensor in captured:
+        _add(spans, tensor, _CAPTURED, False)
     _sweep(spans)
 
 
@@ -199,8 +213,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _conflict_text(written: _Span, other: _Span) -> str:
-    where = f"at position {other.position}" if other.position >= 0 else "passed as a scalar"
     if other.written:
         return f"the destinations at positions {written.position} and {other.position} share memory; each result needs memory of its own"
+    if other.position == _CAPTURED:
+        return f"the destination at position {written.position} shares memory with a tensor that the function captures; clone that one"
+    where = "passed as a scalar" if other.position == _SCALAR else f"at position {other.position}"
     advice = "a destination may be exactly the operand of its own position, or share nothing with any; clone one of them"
     return f"the destination at position {written.position} shares memory with an operand {where}; {advice}"

@@ -399,7 +399,7 @@ def _checked_out(
             for position in range(length) if group.positions is None else group.positions:
                 graph = graph_at(group, kept, position)
                 check_fit(graph, group.device, position, kept, [items[position] for items in lists])
-    check_aliasing(entries, lists)
+    check_aliasing(entries, lists, [t for group in groups for t in group.captures[0].tensors])
     return lists
 
 

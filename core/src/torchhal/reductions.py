@@ -69,7 +69,9 @@ def foreach_reduce(
 
 def _total(parts: Sequence[Tensor], reduction: str) -> Tensor:
     if parts and len({part.dtype for part in parts} | {part.device for part in parts}) > 2:
-        dtype, device = torch.float64, parts[0].device
+        # Integers exactly, in the widest of their types.
+        floating = any(part.dtype.is_floating_point for part in parts)
+        dtype, device = torch.float64 if floating else parts[0].dtype, parts[0].device
         for part in parts:
             dtype = torch.promote_types(dtype, part.dtype)
         parts = [part.to(device, dtype) for part in parts]

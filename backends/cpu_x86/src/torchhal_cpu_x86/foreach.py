@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from torchhal import Decline, Plan
+from torchhal.derivatives import is_transformed
 from torchhal.pointwise import Graph
 from torchhal.problems import ForeachProblem
 from torchhal.reference.foreach import NUMBER_DTYPES, depends_on, output_shape, reduce
 from torchhal.reference.foreach import foreach_map as reference
 from torchhal_cpu_x86 import hardware, map_gradients, maps, native
-from torchhal_cpu_x86.gradients import is_transformed
 from torchhal_cpu_x86.maps import Column
 
 Lists = Sequence[Sequence[Tensor]]
@@ -53,6 +53,8 @@ def _native(problem: ForeachProblem, learns: bool) -> Callable[..., Results]:
     ) -> Results:
         if not learns:
             return maps.reduce(graph, columns, captured, reduction)
+        if reduction == "sum":
+            return map_gradients.run(graph, columns, captured, total=True)
         results = map_gradients.run(graph, columns, captured)
         return tuple([[reduce(value, reduction) for value in items] for items in results])
 
@@ -63,13 +65,19 @@ def _learn(
     graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], out: Lists | None = None
 ) -> Results:
     """What :func:`maps.run` computes, through which gradients flow; destinations are copied to, as autograd wants it."""
-    results = map_gradients.run(graph, columns, captured)
     if out is None:
-        return results
+        return map_gradients.run(graph, columns, captured)
+    written = {t.data_ptr() for items in out for t in items}
+    results = map_gradients.run(graph, [_kept(column, written) for column in columns], captured)
     return tuple(
         [place.copy_(value) for place, value in zip(items, values, strict=True)]
         for items, values in zip(out, results, strict=True)
     )
+
+
+def _kept(column: Column, written: set[int]) -> Column:
+    """The column with copies of what is written over, since gradients may need what was there."""
+    return column._replace(items=[t.clone() if t.data_ptr() in written else t for t in column.items])
 
 
 def _mapping(problem: ForeachProblem, native_run: Callable[..., Results]) -> Callable[..., Results]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchhal.errors import Unsupported
+from torchhal.derivatives import first_derivatives, is_transformed
 from torchhal.pointwise import Graph
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.pointwise.graph import Node
@@ -105,11 +104,6 @@ def outside_transforms(run: Run, problem: AttentionProblem) -> Run:
     return lambda *arguments: (plain if is_transformed() else run)(*arguments)
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, whose tensors plain torch alone takes."""
-    return forward_ad._current_level >= 0 or bool(torch._C._are_functorch_transforms_active())
-
-
 # ---------------------------------------------------------------------------- formulas for autograd
 
 
@@ -139,34 +133,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
             query, key, value, operands, description, scale, text, above, lse_above, out, lse
         )
     if torch.is_grad_enabled():  # with create_graph
-        results = first_derivatives("attention", results, (query, key, value, *operands, above, lse_above))
+        results = first_derivatives(
+            "cpu_x86", "attention", results, (query, key, value, *operands, above, lse_above)
+        )
     *found, sums = results
     main = [gradient.to(query.dtype) for gradient in found]  # those of pages are float32
     return *main, _share(sums, operands, description, Description.of_text(text)), None, None, None
-
-
-def first_derivatives(
-    family: str, results: Sequence[Tensor], sources: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Gradients that depend on the tensors behind them, and refuse to be differentiated by them."""
-    return cast(
-        tuple[Tensor, ...],
-        _FirstDerivatives.apply(family, len(results), *results, *sources),  # type: ignore[no-untyped-call]
-    )
-
-
-class _FirstDerivatives(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, family: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.family = family
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise Unsupported(
-            f"cpu_x86 computes the first derivatives of {ctx.family} and no second ones, which were asked for; call "
-            f"{ctx.family} with backend='reference', whose derivatives are plain torch's"
-        )
 
 
 def _share(

@@ -20,15 +20,25 @@ from torchhal_cpu_x86.maps import Column
 Results = tuple[list[Tensor], ...]
 
 
-def run(graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor]) -> Results:
-    """:func:`torchhal_cpu_x86.maps.run`, new tensors through which gradients reach columns and captured tensors."""
+def run(graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], total: bool = False) -> Results:
+    """:func:`torchhal_cpu_x86.maps.run`, new tensors through which gradients reach columns and captured tensors.
+
+    Args:
+        graph: the function.
+        columns: its operands.
+        captured: its captured tensors.
+        total: whether to give the sum of each result's elements, as :func:`torchhal_cpu_x86.maps.reduce` takes it.
+    """
     tensors = [t for column in columns for t in column.items] + list(captured)
+    form = _Form(graph, tuple([(len(c.items), c.kind) for c in columns]), total)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return maps.run(graph, columns, captured)
-    form = _Form(graph, tuple([(len(c.items), c.kind) for c in columns]))
+        return form.run(tensors)
     found = _Mapped.apply(form, *tensors)  # type: ignore[no-untyped-call]
     length = form.length
     return tuple(list(found[start : start + length]) for start in range(0, len(found), length))
+
+
+_Like = tuple[torch.Size, torch.dtype]
 
 
 class _Form(NamedTuple):
@@ -37,6 +47,8 @@ class _Form(NamedTuple):
     graph: Graph
     columns: tuple[tuple[int, int], ...]
     """How many tensors each column has, and its kind."""
+    total: bool
+    """Whether results are sums of their elements."""
 
     @property
     def length(self) -> int:
@@ -55,7 +67,23 @@ class _Form(NamedTuple):
         """The results, without gradients."""
         columns, captured = self.divide(tensors)
         kinds = [kind for _, kind in self.columns]
-        return maps.run(self.graph, [Column(*pair) for pair in zip(columns, kinds, strict=True)], captured)
+        given = [Column(*pair) for pair in zip(columns, kinds, strict=True)]
+        if self.total:
+            return maps.reduce(self.graph, given, captured, "sum")
+        return maps.run(self.graph, given, captured)
+
+    def spread(self, gradients: Sequence[Tensor], like: Sequence[_Like]) -> Sequence[Tensor]:
+        """Gradients of the results as those of all their elements."""
+        if not self.total:
+            return [gradient.resolve_neg() for gradient in gradients]
+        columns, _ = self.divide([shape for shape, _ in like])
+        lists = [items for items, (_, kind) in zip(columns, self.columns, strict=True) if kind == maps.LIST]
+        shapes = [torch.broadcast_shapes(*found) for found in zip(*lists, strict=True)]  # type: ignore[no-untyped-call]
+        dtypes = [self.graph.nodes[node].dtype for node in self.graph.outputs]
+        return [
+            gradient.resolve_neg().to(dtypes[i // self.length]).expand(shapes[i % self.length])
+            for i, gradient in enumerate(gradients)
+        ]
 
 
 class _Mapped(torch.autograd.Function):
@@ -83,7 +111,7 @@ def _pull_back(
     derivative: _Derivative,
     saved: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    like: Sequence[tuple[torch.Size, torch.dtype]],
+    like: Sequence[_Like],
 ) -> list[Tensor | None]:
     """The gradient of each tensor of a call; None where it has none or none is wanted."""
     columns, at = [], 0
@@ -91,7 +119,7 @@ def _pull_back(
         count, kind = form.columns[index]
         columns.append(Column(saved[at : at + count], kind))
         at += count
-    length = form.length
+    length, gradients = form.length, form.spread(gradients, like)
     columns += [Column(gradients[i * length : (i + 1) * length]) for i in derivative.output_grads]
     forms, held = form.divide(like)
     found: list[list[Tensor | None]] = [[None] * count for count, _ in form.columns]
@@ -155,9 +183,7 @@ def _is_zero(graph: Graph, node: int) -> bool:
     return found.primitive == "constant" and found.value == 0
 
 
-def _fitted(
-    gradients: Sequence[Tensor], like: Sequence[tuple[torch.Size, torch.dtype]], shared: bool
-) -> list[Tensor | None]:
+def _fitted(gradients: Sequence[Tensor], like: Sequence[_Like], shared: bool) -> list[Tensor | None]:
     """Gradients of the broadcast shape as those of a column's tensors."""
     if shared:
         return [_sum(gradients, like[0][1])]

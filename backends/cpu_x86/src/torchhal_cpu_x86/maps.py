@@ -177,7 +177,7 @@ def _writable(items: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtyp
     """The destinations themselves where results can be written there flat, new tensors elsewhere."""
     return [
         d
-        if d.dtype is dtype and d.stride() == t.stride() and d.shape == t.shape
+        if d.dtype is dtype and d.stride() == t.stride() and d.shape == t.shape and not d.is_neg()
         else torch.empty_like(t, dtype=dtype)
         for d, t in zip(items, like, strict=True)
     ]
@@ -268,6 +268,7 @@ def _call(
     sizes, data = array("q", counts), array("Q")
     for column in columns:
         data.extend([t.data_ptr() for t in column.items] * (len(counts) if column.shared else 1))
+    captured = [t.resolve_neg() for t in captured]
     tensors = (programs.Captured * len(captured))(
         *[programs.Captured(t.data_ptr(), programs.TYPES[t.dtype], 0, None, None) for t in captured]
     )

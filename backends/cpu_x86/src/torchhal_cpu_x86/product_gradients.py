@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from torchhal.derivatives import first_derivatives
 from torchhal.pointwise import Graph, GraphBuilder
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.pointwise.factors import reads
 from torchhal_cpu_x86 import products
-from torchhal_cpu_x86.gradients import first_derivatives
 from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, COL, ROW, Captured, Functions, fuse, transposed
 
@@ -81,7 +81,7 @@ class _Product(torch.autograd.Function):
         given = [gradient for gradient in found if gradient is not None]
         if torch.is_grad_enabled() and given:  # with create_graph
             sources = [t for t in (*ctx.saved_tensors, *above) if t is not None]
-            rest = iter(first_derivatives("matmul", given, sources))
+            rest = iter(first_derivatives("cpu_x86", "matmul", given, sources))
             found = [None if gradient is None else next(rest) for gradient in found]
         return (None, None, *found)
 

@@ -149,7 +149,7 @@ class Rule(torch.optim.Optimizer):
         for name in missing:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if self.counts_steps and not isinstance(state.get("step"), Tensor):
-            state["step"] = torch.tensor(float(state.get("step", 0.0)))
+            state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=torch.float32)
         return bool(missing)
 
     @staticmethod
@@ -165,12 +165,10 @@ class Rule(torch.optim.Optimizer):
             merged[before].params.extend(part.params)
             merged[before].states.extend(part.states)
         for before, part in merged.items():
-            first = part.states[0]["step"]
-            if first.device.type != "cpu" or first.dtype is not torch.float32:  # saved by a capturable one
-                first = torch.tensor(before)
-            first.fill_(before + 1.0)
+            # A new one: parameters that have no gradient this time may share the old one.
+            step = torch.tensor(before + 1.0, dtype=torch.float32)
             for state in part.states:
-                state["step"] = first
+                state["step"] = step
             yield part
 
     def _check(self, params: list[Tensor]) -> None:

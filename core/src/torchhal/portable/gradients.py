@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchhal.errors import Unsupported
+from torchhal.derivatives import first_derivatives, is_transformed
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import Graph, Node, differentiate
 from torchhal.portable import printer
@@ -76,11 +75,6 @@ def differentiable(passes: Passes, problem: AttentionProblem) -> Callable[..., A
     return run
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, whose tensors plain torch alone takes."""
-    return forward_ad._current_level >= 0 or bool(torch._C._are_functorch_transforms_active())
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,23 +104,8 @@ class _Attention(torch.autograd.Function):
             found = passes.backward(query, key, value, attn_mask, scale, operands, out, lse, above, lse_above)
         if torch.is_grad_enabled():  # with create_graph
             reached = [x for x in (query, key, value, above, lse_above) if x is not None]
-            found = _FirstDerivatives.apply(*found, *reached)  # type: ignore[no-untyped-call]
+            found = first_derivatives("these kernels", "attention", found, reached)
         return None, *found, None, None, None
-
-
-class _FirstDerivatives(torch.autograd.Function):
-    """Gradients that depend on the tensors behind them, and refuse to be differentiated by them."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors[:3]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise Unsupported(
-            "these kernels compute the first derivatives of attention and no second ones, which were asked for; call attention "
-            "with backend='reference', whose derivatives are plain torch's"
-        )
 
 
 # ---------------------------------------------------------------------------- launches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def smallest(dtype: torch.dtype) -> float | int | bool:
     return -float("inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-@cache
+@lru_cache(maxsize=1024)
 def depends_on(graph: Graph) -> tuple[frozenset[int], ...]:
     """For each output, the positions of the inputs it depends on."""
     reach: list[frozenset[int]] = []
