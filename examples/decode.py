@@ -66,12 +66,12 @@ def of_torchhal(model: Any) -> Start:
     return start
 
 
-def of_llama_cpp(threads: int) -> Start:
-    """llama.cpp on the same file."""
+def of_llama_cpp(threads: int, context: int) -> Start:
+    """llama.cpp on the same file, for up to ``context`` tokens."""
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(chat.file()), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(chat.file()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
     def forward(tokens: list[int]) -> int:
@@ -95,39 +95,53 @@ def decode(start: Start, prompt: list[int], count: int) -> tuple[list[int], floa
     return tokens, time.perf_counter() - begin
 
 
-def contenders(names: list[str]) -> Iterator[tuple[str, Start]]:
-    """Each one that was asked for and is there."""
+def contenders(names: list[str], context: int) -> Iterator[tuple[str, Start]]:
+    """Each one that was asked for and is there, for up to ``context`` tokens."""
     for name in names:
         if name == "llama.cpp":
             if find_spec("llama_cpp"):
-                yield name, of_llama_cpp(torch.get_num_threads())
+                yield name, of_llama_cpp(torch.get_num_threads(), context)
             continue
         _, _, weights = name.partition(" ")
         model = chat.load(weights)[0]
         yield name, of_torchhal(model) if name.startswith("torchhal") else of_model(model)
 
 
+def several(text: str) -> int:
+    """A whole number of at least 2, for argparse."""
+    value = int(text)
+    if value < 2:
+        raise ValueError(text)
+    return value
+
+
+WARM: Final = 4
+"""Tokens of the turn that is not measured."""
 ALL: Final = ["torch f32", "torch bf16", "torchhal q4", "llama.cpp"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decoding speed of SmolLM2-135M, one sequence.")
     parser.add_argument("names", nargs="*", metavar="WHO", help=f"some of: {', '.join(ALL)} (all)")
-    parser.add_argument("--tokens", type=chat.positive, default=33, metavar="N", help="tokens of a turn (33)")
+    parser.add_argument(
+        "--tokens", type=several, default=33, metavar="N", help="tokens of a turn, 2 or more (33)"
+    )
     parser.add_argument("--repeat", type=chat.positive, default=5, metavar="N", help="turns of each (5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(ALL))
     if unknown:
         parser.error(f"{', '.join(unknown)}: expected some of {', '.join(ALL)}")
+    if "llama.cpp" in options.names and not find_spec("llama_cpp"):
+        parser.error("llama.cpp: not installed (pip install llama-cpp-python)")
     tokenizer = chat.load_tokenizer()
     message = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    starts = dict(contenders(options.names or ALL))
+    starts = dict(contenders(options.names or ALL, len(prompt) + max(options.tokens, WARM)))
     tokens: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in starts}
     for start in starts.values():  # the first turn of each pays for what later ones find ready
-        decode(start, prompt, 4)
+        decode(start, prompt, WARM)
     for _ in range(options.repeat):
         for name, start in starts.items():
             tokens[name], spent = decode(start, prompt, options.tokens)

@@ -47,12 +47,20 @@ def load(path: Path) -> Any:
         else:
             model.get_submodule(name).weight = nn.Parameter(rows.float(), requires_grad=False)
     if config.tie_word_embeddings:
-        packed["lm_head"] = packed["model.embed_tokens"]
+        tie(model, packed)
     torchhal.nn.load_packed(model, packed)
     missing = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if missing:
         raise SystemExit(f"{path.name} has no tensors for {', '.join(missing)}")
     return model.eval()
+
+
+def tie(model: Any, packed: dict[str, Any]) -> None:
+    """Give the output layer what the embedding has: its blocks, or its parameter where the file has none for it."""
+    if "model.embed_tokens" in packed:
+        packed["lm_head"] = packed["model.embed_tokens"]
+    else:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def name_of(tensor: str) -> str:

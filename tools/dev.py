@@ -7,7 +7,7 @@
 
 The environment is .venv in this folder, its versions are those of constraints.txt, and what is installed
 already is not installed again. It needs Python 3.11 or later with venv, and a C++ compiler for cpu_x86.
-Arguments after the command are passed on: ``dev.py test -e lint``, ``dev.py demo --tokens 64``.
+Arguments after the command are passed on: ``dev.py test -e lint``, ``dev.py demo --max-new-tokens 64``.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from test_matmul_fusion import backend as matmul_backend
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import torchhal
 from torchhal.errors import InvalidProblem, Unsupported
 from torchhal.nn import FusedLinear, FusedMLP, PackedEmbedding, load_packed, optimize_linear
+from torchhal.reference import matmul as reference
 from torchhal.reference.packing import unpack
 
 few = settings(max_examples=20, deadline=None)
@@ -123,11 +124,63 @@ def test_an_embedding_dequantises_the_rows_it_is_asked_for() -> None:
         torchhal.pack_weight(table, transposed=True, bits=4, group=32, symmetric=False),
         blocks(table),
     ):
-        layer = PackedEmbedding(packed)
+        layer = PackedEmbedding(packed).eval()
         assert torch.equal(layer(IDS), unpack(packed).t()[IDS])
         assert layer(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 64)
         with pytest.raises((IndexError, RuntimeError), match="out of"):
             layer(torch.tensor([50]))
+
+
+def test_an_embedding_that_would_be_trained_is_refused_unless_it_is_frozen() -> None:
+    ours = model().train()
+    load_packed(ours, {"embed": blocks(torch.randn(50, 32))}, **REF)
+    with pytest.raises(InvalidProblem, match=r"packed \(gguf:q8_0\) and has no gradient.*frozen=True"):
+        ours(IDS)
+    with torch.no_grad():
+        ours(IDS)
+    ours = model().train()
+    load_packed(ours, {"embed": blocks(torch.randn(50, 32))}, frozen=True, **REF)
+    ours(IDS).sum().backward()
+
+
+def test_inputs_are_taken_under_the_names_that_the_layers_before_gave_them() -> None:
+    layer, packed = FusedLinear.from_linear(nn.Linear(32, 8), **REF), blocks(torch.randn(50, 32))
+    x = torch.randn(2, 32)
+    assert torch.equal(layer(input=x), layer(x))
+    table = PackedEmbedding(packed).eval()
+    assert torch.equal(table(input=IDS), table(IDS))
+
+
+def test_a_fused_mlp_takes_its_input_under_the_name_that_its_class_gave_it_and_no_other() -> None:
+    class Named(MLP):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states)
+
+    ours, x = nn.Sequential(Named()).eval(), torch.randn(2, 32)
+    optimize_linear(ours, **REF)
+    assert isinstance(ours[0], FusedMLP)
+    assert torch.equal(ours[0](hidden_states=x), ours[0](x))
+    for args, named in (((), {"x": x}), ((x,), {"hidden_states": x}), ((), {})):
+        with pytest.raises(TypeError, match="expects one argument, hidden_states"):
+            ours[0](*args, **named)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_whose_parameter_is_pruned_or_parametrized_after_the_swap_computes_with_it(name: str) -> None:
+    x, plain = torch.randn(3, 32), nn.Linear(32, 8)
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, name, 0.5),
+        lambda layer: parametrize.register_parametrization(layer, name, nn.Tanh()),
+    ):
+        wanted = copy.deepcopy(plain)
+        ours = nn.Sequential(copy.deepcopy(plain))
+        report = optimize_linear(ours, **REF)
+        change(wanted)
+        change(ours[0])
+        torch.testing.assert_close(ours(x), wanted(x))
+        with pytest.raises(InvalidProblem, match=f"the {name} of a swapped layer was pruned or parametrized"):
+            report.restore()
+        assert isinstance(ours[0], FusedLinear)
 
 
 def blocks(table: torch.Tensor) -> Any:
@@ -214,6 +267,32 @@ def test_who_watches_a_layer_of_a_fused_mlp_sees_what_the_layer_gives() -> None:
     torch.testing.assert_close(out, plain(x))
 
 
+def test_who_replaces_or_watches_a_part_of_a_fused_mlp_later_is_called() -> None:
+    x = torch.randn(3, 32)
+
+    def fused() -> tuple[FusedMLP, MLP]:
+        ours = nn.Sequential(MLP()).eval()
+        plain = copy.deepcopy(ours[0])
+        optimize_linear(ours, **REF)
+        return ours[0], plain  # type: ignore[return-value]
+
+    for name in ("w1", "w3", "w2"):
+        ours, plain = fused()
+        for mlp in (ours, plain):
+            layer = mlp.get_submodule(name)
+            layer.forward = lambda v, forward=layer.forward: 2 * forward(v)  # type: ignore[method-assign]
+        torch.testing.assert_close(ours(x), plain(x))
+    ours, plain = fused()
+    for activation in (ours.activation, plain.activation):
+        activation.register_forward_hook(lambda _m, _i, out: out + 1)
+    torch.testing.assert_close(ours(x), plain(x))
+    ours, _ = fused()
+    seen: list[nn.Module] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, _i, _o: seen.append(module)):
+        ours(x)
+    assert {id(m) for m in (ours, ours.w1, ours.w2, ours.w3, ours.activation)} <= set(map(id, seen))
+
+
 class Dropping(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.activation(self.w1(x)) * self.w3(x)
@@ -240,6 +319,103 @@ class Summing(MLP):
 class Deciding(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(self.w1(x)) if x.sum() > 0 else super().forward(x)
+
+
+class Exact(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class Rounded(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class Fixed(MLP):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Learning(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Exact, Rounded, Fixed, Learning])
+def test_a_forward_that_changes_gradients_or_autocast_is_kept(kind: type[MLP]) -> None:
+    ours = nn.Sequential(kind()).eval()
+    plain, x = copy.deepcopy(ours), torch.randn(3, 32)
+    before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    optimize_linear(ours, **REF)
+    assert before == (
+        torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    )  # fmt: skip
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            found, wanted = ours(x), plain(x)
+        assert (found.dtype, found.requires_grad) == (wanted.dtype, wanted.requires_grad)
+    assert type(ours[0]) is kind
+
+
+class Remembering(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        return super().forward(x)
+
+
+class Collecting(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class Telling(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.activation.last = x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Remembering, Collecting, Telling])
+def test_a_forward_that_leaves_something_behind_is_kept_and_finds_nothing_of_the_swap(
+    kind: type[MLP],
+) -> None:
+    ours = nn.Sequential(kind()).eval()
+    optimize_linear(ours, **REF)
+    assert type(ours[0]) is kind
+    assert not hasattr(ours[0], "last") and not hasattr(ours[0].activation, "last")
+    assert getattr(ours[0], "seen", []) == []
+    ours(torch.randn(1, 32))
+
+
+@pytest.mark.parametrize("extra", [
+    lambda mlp: mlp.register_parameter("scale", nn.Parameter(torch.ones(1))),
+    lambda mlp: mlp.register_buffer("count", torch.ones(1)),
+    lambda mlp: mlp.register_module("norm", nn.LayerNorm(32)),
+    lambda mlp: mlp.register_module("gate", mlp.w1),
+])  # fmt: skip
+def test_an_mlp_that_holds_more_than_its_layers_keeps_it(extra: Callable[[nn.Module], None]) -> None:
+    mlp = MLP()
+    extra(mlp)
+    ours = nn.Sequential(mlp).eval()
+    before = list(ours.state_dict())
+    optimize_linear(ours, **REF)
+    assert ours[0] is mlp and list(ours.state_dict()) == before
+
+
+def test_an_mlp_whose_activation_is_watched_in_the_backward_pass_keeps_calling_it() -> None:
+    ours, seen = nn.Sequential(MLP()).eval(), []
+    ours[0].activation.register_full_backward_hook(lambda *_: seen.append(1))
+    optimize_linear(ours, **REF)
+    ours(torch.randn(3, 32)).sum().backward()
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("kind", [Dropping, Adding, Mixing, Summing, Deciding])
@@ -313,6 +489,22 @@ def infinite() -> nn.Linear:
     return layer
 
 
+class Encoder(nn.TransformerEncoderLayer):
+    """A class of torch under another name."""
+
+
+def of_type(dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.ones(8, 8).to(dtype), requires_grad=False)
+    return layer
+
+
+def sparse() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.eye(8).to_sparse())
+    return layer
+
+
 LEFT: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Own(8, 8), "Own is a subclass of nn.Linear and may compute something else"),
     (hooked, "it has forward hooks"),
@@ -326,6 +518,10 @@ LEFT: list[tuple[Callable[[], nn.Module], str]] = [
         lambda: nn.TransformerEncoderLayer(8, 2, 8),
         "nn.TransformerEncoderLayer reads its weight without calling it",
     ),
+    (lambda: Encoder(8, 2, 8), "nn.TransformerEncoderLayer reads its weight without calling it"),
+    (lambda: of_type(torch.int8), "its weight is torch.int8 in the layout torch.strided"),
+    (lambda: of_type(torch.float8_e4m3fn), "its weight is torch.float8_e4m3fn"),
+    (sparse, "its weight is torch.float32 in the layout torch.sparse_coo"),
     (infinite, "expects finite values; the weight has inf"),
 ]
 
@@ -341,6 +537,17 @@ def test_a_layer_that_can_not_be_swapped_is_left_with_its_reason(
     assert report.swapped == () and any(why in entry.why for entry in report.left), str(report)
     assert dict(ours.named_modules()) == before
     assert f"left, because {report.left[0].why}" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("weight", [None, "int8"])
+def test_tensors_without_memory_and_weights_of_whole_numbers_stop_no_other_layer(weight: str | None) -> None:
+    ours = nn.Sequential(nn.Linear(8, 8), of_type(torch.int8), nn.LazyLinear(8))
+    ours.register_buffer("adjacency", torch.eye(4).to_sparse())
+    report = optimize_linear(ours, weight, **REF)
+    assert [entry.name for entry in report.swapped] == ["0"]
+    assert {entry.name for entry in report.left} == {"1", "2"}
+    assert report.bytes_before == 4 * (8 * 8 + 8) + 8 * 8 + 4 * 8
 
 
 def test_a_layer_that_only_the_reference_would_serve_is_left_to_torch_unless_it_is_named() -> None:
@@ -411,6 +618,22 @@ def test_layers_tied_to_each_other_share_one_packed_weight() -> None:
     assert twin[0].packed is twin[1].packed and twin[0].packed is not ours[0].packed
 
 
+def test_a_layer_tied_to_one_that_is_left_is_not_packed(install: Install) -> None:
+    def plan(problem: Any) -> Any:
+        if "bias" in problem.features:
+            return torchhal.Decline("no_bias", "it adds none")
+        return torchhal.Plan(reference.plan(problem).run)
+
+    install("bare", matmul_backend("bare", plan, 10))
+    ours = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    ours[1].weight = ours[0].weight
+    report = optimize_linear(ours, "int8")
+    assert [entry.name for entry in report.left] == ["0"] and ours[1].weight is ours[0].weight
+    (entry,) = report.swapped
+    assert (entry.name, entry.weight) == ("1", "dense")
+    assert entry.note == "not packed, because it shares its memory with 0"
+
+
 def test_a_weight_that_is_a_view_of_another_is_not_quantised() -> None:
     both = torch.randn(16, 8)
     ours = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
@@ -455,6 +678,36 @@ def test_a_quantised_model_is_restored_only_if_its_originals_were_kept() -> None
     report.restore()
     assert torch.equal(ours(IDS), plain(IDS))
     assert type(ours.mlp) is MLP
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_kept_weight_follows_the_model_into_another_type(dtype: torch.dtype) -> None:
+    ours, plain = model(), model()
+    report = optimize_linear(ours, "int8", keep_original=True, **REF)
+    ours.to(dtype)
+    report.restore()
+    assert torch.equal(ours(IDS), plain.to(dtype)(IDS))
+
+
+def test_a_kept_weight_follows_the_model_to_another_device_and_one_without_numbers_stays() -> None:
+    ours = model()
+    report = optimize_linear(ours, "int8", keep_original=True, **REF)
+    ours.to("meta")
+    report.restore()
+    assert ours.attend.weight.is_meta and ours(IDS.to("meta")).shape == (2, 3, 50)
+    with torch.device("meta"):
+        ours = Model()
+    load_packed(ours, {"attend": blocks(torch.randn(32, 32))}, keep_original=True, **REF).restore()
+    assert ours.attend.weight.is_meta
+
+
+def test_kept_weights_that_are_tied_stay_tied_when_they_are_converted() -> None:
+    ours = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ours[1].weight = ours[0].weight
+    report = optimize_linear(ours, "int8", keep_original=True, **REF)
+    ours.to(torch.float64)
+    report.restore()
+    assert ours[0].weight is ours[1].weight and ours[0].weight.dtype == torch.float64
 
 
 def test_a_module_replaced_since_stops_the_restoration() -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import torchhal
 
@@ -42,6 +44,55 @@ def loaded() -> Any:
 
 def test_the_chat_never_mentions_torchhal_outside_its_questions() -> None:
     assert "torchhal" not in (EXAMPLES / "chat.py").read_text()
+
+
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="no transformers")
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama.cpp"], "llama.cpp: not installed"),
+        (["--tokens", "1"], "--tokens: invalid several value: '1'"),
+    ],
+)
+def test_a_measurement_that_can_not_be_made_is_refused_before_it_begins(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import decode
+
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["decode.py", *arguments])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert message in capsys.readouterr().err
+
+
+@needs_transformers
+def test_llama_cpp_has_room_for_the_prompt_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    import decode
+
+    asked: list[int] = []
+    monkeypatch.setattr(decode, "find_spec", lambda name: True)
+    monkeypatch.setattr(decode, "of_llama_cpp", lambda threads, context: asked.append(context))
+    dict(decode.contenders(["llama.cpp"], 2000))
+    assert asked == [2000]
+
+
+@pytest.mark.skipif(
+    find_spec("transformers") is None or find_spec("gguf") is None, reason="see requirements/demo.txt"
+)
+def test_an_output_layer_is_tied_to_an_embedding_in_blocks_and_to_one_that_is_expanded() -> None:
+    import quantized
+
+    model, packed = SimpleNamespace(lm_head=nn.Linear(8, 4), model=SimpleNamespace()), {}
+    model.model.embed_tokens = nn.Embedding(4, 8)
+    quantized.tie(model, packed)
+    assert packed == {} and model.lm_head.weight is model.model.embed_tokens.weight
+    packed = {"model.embed_tokens": object()}
+    quantized.tie(model, packed)
+    assert packed["lm_head"] is packed["model.embed_tokens"]
 
 
 class TestModel:

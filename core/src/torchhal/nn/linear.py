@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchhal.errors import InvalidProblem
 from torchhal.matmul import Call, Functions, element_dtype, matmul, run
-from torchhal.nn.storage import PackedStorage
+from torchhal.nn.storage import PackedStorage, training_text
 from torchhal.operands import Packed
 from torchhal.pointwise import Captured
 
@@ -65,16 +65,16 @@ class FusedLinear(nn.Module):
         weight, bias = linear.get_parameter("weight"), linear._parameters["bias"]
         return cls(weight, bias, backend=backend).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., N).
 
         Raises:
             InvalidProblem: the weight is packed and would be trained.
             Unsupported: no backend that the policy allows serves the product.
         """
-        if x.dim() < 3:
-            return self.product(x)
-        return self.product(x.flatten(0, -2)).reshape(*x.shape[:-1], self.out_features)
+        if input.dim() < 3:
+            return self.product(input)
+        return self.product(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
 
     def product(
         self, x: Tensor, epilogue: Epilogue | None = None, captured: Captured | None = None
@@ -98,20 +98,26 @@ class FusedLinear(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None, torch.dtype | None]:
         # By the dictionaries: an attribute of a module takes 0.7 us, of the 3 that torchhal allows itself in a call.
-        bias: Tensor | None = self._parameters["bias"]
+        own = self._parameters
+        bias: Tensor | None = own["bias"] if "bias" in own else self._taken("bias")
         packed = self._modules["packed"]
         low = _autocast_dtype(x)
         if packed is None:
-            weight = self._parameters["weight"]
+            weight: Tensor | None = own["weight"] if "weight" in own else self._taken("weight")
             assert weight is not None
             if low is None:
                 return x, weight.mT, bias, None
             return x.to(low), weight.to(low).mT, None if bias is None else bias.to(low), None
         assert isinstance(packed, PackedStorage)
         if self.training and not self.frozen and torch.is_grad_enabled():
-            raise InvalidProblem(_training_text(packed.weight.scheme))
+            raise InvalidProblem(training_text(packed.weight.scheme, "swap it with weight=None"))
         x = x if low is None else x.to(low)
         return x, packed.weight, bias, x.dtype
+
+    def _taken(self, name: str) -> Tensor | None:
+        """What stands in the place of a parameter that pruning or a parametrization took out."""
+        value: Tensor | None = getattr(self, name)
+        return value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -141,11 +147,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _single(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     assert isinstance(result, Tensor)
     return result
-
-
-def _training_text(scheme: str) -> str:
-    return (
-        f"this layer's weight is packed ({scheme}) and has no gradient, so it can not be trained: call model.eval() or use "
-        "torch.no_grad() to run it, swap it with weight=None to train it, or pass frozen=True to train other parts of the "
-        "model through it"
-    )

@@ -63,7 +63,7 @@ def load_packed(
         if isinstance(old, nn.Linear):
             new = FusedLinear(storage, old.bias, backend=backend, frozen=frozen)
         else:
-            new = PackedEmbedding(storage)
+            new = PackedEmbedding(storage, frozen=frozen)
         undo = on_parameters_of(old, new, kept=True) if keep_original else None
         surgery.replace(old, new.train(old.training), undo, weight.scheme)
     surgery.fuse_mlps()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from torchhal.matmul import capture_functions
 from torchhal.nn.linear import FusedLinear
@@ -25,6 +26,7 @@ class FusedMLP(nn.Module):
         up: the name of the other one (K to I).
         down: the name of the last one (I to any).
         activation: pointwise; see :mod:`torchhal.pointwise`.
+        argument: what the input is called where it is given by name.
 
     Raises:
         CaptureError: the activation is not pointwise.
@@ -38,21 +40,31 @@ class FusedMLP(nn.Module):
         up: str,
         down: str,
         activation: Callable[..., Any],
+        argument: str = "x",
     ) -> None:
         super().__init__()
+        self._argument = argument
         self._roles = (gate, up, down)
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.activation = activation
         self._captured = capture_functions(torch.float32, None, None, activation).epilogue
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) to (..., N), row by row."""
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """(..., K) to (..., N), row by row.
+
+        Raises:
+            TypeError: it is given anything but one input, in its place or by its name.
+        """
+        if len(given) + len(named) != 1 or (named and self._argument not in named):
+            raise TypeError(f"the gated MLP expects one argument, {self._argument}")
+        x = given[0] if given else named[self._argument]
         gate, up, down = (self._layer(name) for name in self._roles)
         rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
-        if _watched(gate) or _watched(up):  # whoever watches a layer sees what it gives by itself
-            return down(self.activation(gate(x)) * up(x))  # type: ignore[no-any-return]
-        gated = gate.product(rows, self.activation, self._captured)
+        activation = self.activation
+        if _watched(gate, up, activation):  # whoever watches a layer sees what it gives by itself
+            return down(activation(gate(x)) * up(x))  # type: ignore[no-any-return]
+        gated = gate.product(rows, activation, self._captured)
         hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])
         out: Tensor = down(hidden)
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -63,7 +75,17 @@ class FusedMLP(nn.Module):
         return layer
 
 
-def _watched(layer: FusedLinear) -> bool:
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+def _watched(*called: Any) -> bool:
+    """Whether anybody hung something on one of these, or on all modules, or replaced a ``forward``."""
+    if hooks._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    for module in called:
+        if isinstance(module, nn.Module) and (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False

@@ -11,7 +11,7 @@ from torchhal.errors import InvalidProblem
 from torchhal.matmul import pack_weight
 from torchhal.nn.linear import FusedLinear
 from torchhal.nn.reasons import scheme_of, why_left, why_not_served
-from torchhal.nn.report import Left, LinearReport, bytes_of
+from torchhal.nn.report import Left, LinearReport, bytes_of, storage_of
 from torchhal.nn.storage import PackedStorage
 from torchhal.nn.surgery import Surgery, on_parameters_of
 from torchhal.operands import Packed
@@ -36,8 +36,9 @@ def optimize_linear(
 
     Left as they are, each with its reason in the report: subclasses of ``nn.Linear``, layers with hooks, parametrizations
     or a replaced ``forward``, those whose parent reads their weight (adapters, ``nn.MultiheadAttention``), weights that
-    are tensor subclasses, on meta, hold infinities, or that no backend but the reference serves on their device. A
-    weight that is tied to anything but another layer swapped here stays tied, and is not quantised.
+    are tensor subclasses, sparse, no floating-point numbers, on meta, hold infinities, or that no backend but the
+    reference serves on their device. A weight that is tied to anything but another layer swapped here stays tied, and is
+    not quantised.
 
     Args:
         model: changed in place.
@@ -90,10 +91,9 @@ class _Swap:
     def run(self) -> LinearReport:
         before = bytes_of(self.model)
         layers = list(self._swappable())
-        notes = _ties(self.model, layers, self.surgery.names) if self.bits else {}
+        notes, faults = self._notes_and_faults(layers)
         names = [self.surgery.names[id(layer)] for layer in layers]
         packs = [self.bits is not None and id(layer) not in notes for layer in layers]
-        faults = [self._fault(layer, packed) for layer, packed in zip(layers, packs, strict=True)]
         while layers:  # gives each layer up as it goes, so that its memory is free for the next
             layer, name, packed, why = layers.pop(), names.pop(), packs.pop(), faults.pop()
             why = why or self._swap(layer, packed, notes.get(id(layer), ""))
@@ -114,6 +114,22 @@ class _Swap:
                     self.left.append(Left(name, why))
                 else:
                     yield module
+
+    def _notes_and_faults(self, layers: list[nn.Linear]) -> tuple[dict[int, str], list[str]]:
+        """Why layers are not packed, by their ids, and why each is left."""
+        if not self.bits:
+            return {}, [self._fault(layer, False) for layer in layers]
+        names = self.surgery.names
+        first = _ties(self.model, layers, names)
+        faults = [self._fault(layer, id(layer) not in first) for layer in layers]
+        sound = [layer for layer, why in zip(layers, faults, strict=True) if not why]
+        notes = _ties(
+            self.model, sound, names
+        )  # a layer that is left keeps its weight, and ties others to it
+        for i, layer in enumerate(layers):
+            if id(layer) in notes and id(layer) not in first:
+                faults[i] = self._fault(layer, False)
+        return notes, faults
 
     def _fault(self, layer: nn.Linear, packed: bool) -> str:
         scheme = None
@@ -155,14 +171,14 @@ def _ties(model: nn.Module, layers: list[nn.Linear], names: dict[int, str]) -> d
     users: dict[int, list[tuple[nn.Module, Tensor]]] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.device.type != "meta":
-                users.setdefault(tensor.untyped_storage()._cdata, []).append((module, tensor))
+            memory = None if tensor is None else storage_of(tensor)
+            if tensor is not None and memory is not None:
+                users.setdefault(memory._cdata, []).append((module, tensor))
     swapped = {id(layer) for layer in layers}
     notes = {}
     for layer in layers:
-        if layer.weight.device.type == "meta":
-            continue
-        for module, tensor in users[layer.weight.untyped_storage()._cdata]:
+        memory = storage_of(layer.weight)
+        for module, tensor in users[memory._cdata] if memory is not None else ():
             if id(module) not in swapped or tensor is not layer.weight:
                 notes[id(layer)] = (
                     f"not packed, because it shares its memory with {names[id(module)] or 'the model'}"

@@ -19,7 +19,9 @@ _HOOKS: Final = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-_CONTAINERS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CALLING: Final = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Classes of torch whose children are used by calling them."""
+_TYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def why_left(layer: nn.Module, parents: Iterable[tuple[nn.Module, str]], plain: type = nn.Linear) -> str:
@@ -54,14 +56,18 @@ def _weight_fault(layer: nn.Module) -> str:
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
         return f"its weight is a {kind.__name__}, a tensor with a meaning of its own"
+    if weight.layout != torch.strided or weight.dtype not in _TYPES:
+        return f"its weight is {weight.dtype} in the layout {weight.layout}, of which no product is made"
     return ""
 
 
 def _parent_fault(parent: nn.Module, name: str) -> str:
     if name == "base_layer" or any(child.startswith("lora_") for child in parent._modules):
         return f"{type(parent).__name__} adapts it, and reads or merges its weight"
-    if type(parent).__module__.startswith("torch.nn.modules.") and not isinstance(parent, _CONTAINERS):
-        return f"nn.{type(parent).__name__} reads its weight without calling it"
+    for kind in type(parent).__mro__:
+        of_torch = issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn.modules.")
+        if of_torch and kind not in _CALLING:
+            return f"nn.{kind.__name__} reads its weight without calling it"
     return ""
 
 

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchhal.errors import InvalidProblem
 
@@ -64,8 +66,8 @@ class LinearReport:
         they were not trained since.
 
         Raises:
-            InvalidProblem: originals of packed weights were not kept, this was done before, or a module was replaced since;
-                nothing is changed then.
+            InvalidProblem: originals of packed weights were not kept, this was done before, or a module was replaced, pruned or
+                parametrized since; the model stays as it is then.
         """
         lost = sum(step.undo is None for step in self.steps)
         if lost:
@@ -80,9 +82,12 @@ class LinearReport:
             raise InvalidProblem(
                 f"{', '.join(replaced)} was replaced after the swap; put it back before restore(), in the reverse order of the swaps"
             )
-        for step in reversed(self.steps):
-            assert step.undo is not None
-            step.parent._modules[step.child] = step.undo()
+        steps = self.steps[::-1]
+        modules = [
+            step.undo() for step in steps if step.undo is not None
+        ]  # all of them, before any is put in
+        for step, module in zip(steps, modules, strict=True):
+            step.parent._modules[step.child] = module
         self.steps = []
 
     def to_json(self) -> str:
@@ -107,6 +112,12 @@ class LinearReport:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of the memory behind a model's parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t.device.type != "meta"}
-    return sum(storage.nbytes() for storage in storages.values())
+    storages = map(storage_of, (*model.parameters(), *model.buffers()))
+    return sum({s._cdata: s.nbytes() for s in storages if s is not None}.values())
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None where it has none yet (meta, lazy) or none of its own (sparse)."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    return tensor.untyped_storage()

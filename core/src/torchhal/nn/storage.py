@@ -78,5 +78,16 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return fn(tensor.view(torch.int32)).view(tensor.dtype)
 
 
+def training_text(scheme: str, unpacked: str) -> str:
+    """Why a layer whose weight is packed in this scheme can not be trained, and what to do; ``unpacked`` says how to have
+    it so.
+    """
+    return (
+        f"this layer's weight is packed ({scheme}) and has no gradient, so it can not be trained: call model.eval() or use "
+        f"torch.no_grad() to run it, {unpacked} to train it, or pass frozen=True to train other parts of the "
+        "model through it"
+    )
+
+
 def _text(rest: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in rest.items() if name != "dtype")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import fx, nn
 
 from torchhal.matmul import capture_functions
 from torchhal.nn.linear import FusedLinear
+from torchhal.nn.reasons import hooked
 
 _PRODUCTS = (operator.mul, torch.mul)
 
@@ -27,20 +30,40 @@ class GatedMLP:
     activation: Callable[..., Any] = field(compare=False)
     called: tuple[object, ...]
     """The activation as the trace saw it, to compare."""
+    argument: str
+    """What the input is called."""
 
 
 def gated_mlp(module: nn.Module) -> GatedMLP | None:
-    """The parts of a module that computes a gated MLP and nothing else, in training and in evaluation; else None."""
+    """The parts of a module that computes a gated MLP and nothing else, in training and in evaluation, with gradients and
+    autocast and without; else None.
+    """
     linears = [name for name, child in module.named_children() if _is_linear(child)]
-    if len(linears) != 3:
+    if len(linears) != 3 or _holds_more(module, linears):
         return None
     training = module.training
     try:
-        found = [_match(module, _traced(module, mode)) for mode in (training, not training)]
+        found = [
+            _match(module, _traced(module, mode, on))
+            for mode, on in itertools.product((training, not training), (True, False))
+        ]
     finally:
         module.training = training
-    first, second = found
-    return first if first == second and first is not None and _is_pointwise(first.activation) else None
+    first = found[0]
+    if first is None or any(other != first for other in found):
+        return None
+    return first if _is_pointwise(first.activation) else None
+
+
+def _holds_more(module: nn.Module, linears: list[str]) -> bool:
+    """Whether a module has parameters or buffers beyond those of its layers, or layers under a second name."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    others = [child for name, child in module._modules.items() if child is not None and name not in linears]
+    return any(value is not None for value in own) or any(_stateful(child) for child in others)
+
+
+def _stateful(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -48,18 +71,85 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 class _OneLevel(fx.Tracer):
-    """Looks into the module itself and into none of its children."""
+    """Looks into the module itself and into none of its children, and sees where torch's state was another."""
+
+    def __init__(self, devices: set[str]) -> None:
+        super().__init__()
+        self.devices = devices
+        self.before = _state(devices)
+        self.changed = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_node(self, *args: Any, **options: Any) -> fx.Node:
+        self.changed = self.changed or _state(self.devices) != self.before
+        return super().create_node(*args, **options)
 
-def _traced(module: nn.Module, training: bool) -> fx.Graph | None:
+
+def _traced(module: nn.Module, training: bool, on: bool) -> fx.Graph | None:
     module.training = training
-    try:
-        return _OneLevel().trace(module)
-    except Exception:  # a forward that depends on data or takes what a trace can not give is no plain MLP
-        return None
+    devices = _autocast_devices(module)
+    held = _Held(module)
+    with _switched(devices, on):
+        tracer = _OneLevel(devices)
+        try:
+            graph = tracer.trace(module)
+        except Exception:  # a forward that depends on data or takes what a trace can not give is no plain MLP
+            graph = None
+    return None if held.put_back() or tracer.changed else graph
+
+
+def _autocast_devices(module: nn.Module) -> set[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    types = {"cpu", *(value.device.type for value in (*module.parameters(), *module.buffers()))}
+    types |= {accelerator.type} if accelerator is not None else set()
+    return {name for name in types if torch.amp.is_autocast_available(name)}
+
+
+def _state(devices: set[str]) -> tuple[object, ...]:
+    autocast = [(torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in sorted(devices)]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextmanager
+def _switched(devices: set[str], on: bool) -> Iterator[None]:
+    """Gradients and autocast on or off, and as they were afterwards."""
+    before = {name: (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in devices}
+    with torch.set_grad_enabled(on):
+        try:
+            for name in devices:
+                torch.set_autocast_enabled(name, on)
+            yield
+        finally:
+            for name, (enabled, dtype) in before.items():
+                torch.set_autocast_enabled(name, enabled)
+                torch.set_autocast_dtype(name, dtype)
+
+
+class _Held:
+    """What a module and its children hold, down to their lists, sets and dictionaries, to undo what a trace did to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        dicts = [vars(part) for part in module.modules()]
+        inner = [value for held in dicts for value in held.values() if isinstance(value, (dict, list, set))]
+        self._before = [(value, value.copy()) for value in (*dicts, *inner)]
+
+    def put_back(self) -> bool:
+        """Restore it, and say whether it had changed."""
+        changed = False
+        for value, before in self._before:
+            if _ids(value) != _ids(before):
+                changed = True
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+        return changed
+
+
+def _ids(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [(key, id(held)) for key, held in value.items()]
+    return [id(held) for held in value]
 
 
 def _match(module: nn.Module, graph: fx.Graph | None) -> GatedMLP | None:
@@ -77,7 +167,8 @@ def _match(module: nn.Module, graph: fx.Graph | None) -> GatedMLP | None:
         activation = _function(module, activated) if gate is not None and inputs == {start} else None
         if activation is not None:
             called = (activated.op, activated.target, *activated.kwargs.items())
-            return GatedMLP(str(gate.target), str(up.target), str(down.target), activation, called)
+            gate, up, last = (str(layer.target) for layer in (gate, up, down))
+            return GatedMLP(gate, up, last, activation, called, str(start.target))
     return None
 
 
@@ -108,9 +199,8 @@ def _function(module: nn.Module, node: fx.Node) -> Callable[..., Any] | None:
     if node.op != "call_module" or node.kwargs:
         return None
     called = module.get_submodule(str(node.target))
-    stateful = any(True for _ in called.parameters()) or any(True for _ in called.buffers())
-    hooked = called._forward_hooks or called._forward_pre_hooks or "forward" in vars(called)
-    return None if stateful or hooked or _is_linear(called) else called
+    watched = any(hooked(part) for part in called.modules())
+    return None if _stateful(called) or watched or _is_linear(called) else called
 
 
 class _Method(nn.Module):

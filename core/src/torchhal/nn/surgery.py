@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from torchhal.errors import InvalidProblem
 from torchhal.nn.linear import FusedLinear
 from torchhal.nn.mlp import FusedMLP
 from torchhal.nn.reasons import hooked
 from torchhal.nn.report import Step, Swapped
 from torchhal.nn.structure import gated_mlp
+from torchhal.operands import Packed
 
 Undo = Callable[[], nn.Module]
 
@@ -58,7 +60,12 @@ class Surgery:
             }
             if len(layers) == 3:
                 fused = FusedMLP(
-                    layers, gate=found.gate, up=found.up, down=found.down, activation=found.activation
+                    layers,
+                    gate=found.gate,
+                    up=found.up,
+                    down=found.down,
+                    activation=found.activation,
+                    argument=found.argument,
                 )
                 fused.train(module.training)
                 kinds = {layer.packed.weight.scheme if layer.packed else "dense" for layer in layers.values()}
@@ -73,12 +80,25 @@ def _same(module: nn.Module, fused: nn.Module) -> Undo:
 
 
 def on_parameters_of(original: nn.Module, new: nn.Module, kept: bool) -> Undo:
-    """Gives ``original``, with the bias and, unless that is ``kept`` as it was, the weight that ``new`` has by then."""
+    """Gives ``original``, with the bias and, unless that is ``kept`` as it was, the weight that ``new`` has by then.
+    A weight that is kept follows the packed one, which may have moved or been converted since.
+    """
 
     def undo() -> nn.Module:
         for name in ("bias",) if kept else ("weight", "bias"):
             if name in original._parameters:
+                if name not in new._parameters:
+                    raise InvalidProblem(
+                        f"the {name} of a swapped layer was pruned or parametrized since; remove that before restore()"
+                    )
                 original._parameters[name] = new._parameters[name]
+        if kept:
+            holder = nn.Module()  # has torch convert the weight alone, in place where it can: ties stay
+            holder.register_parameter("weight", original._parameters["weight"])
+            packed, weight = new.get_submodule("packed").weight, holder.weight
+            assert isinstance(packed, Packed)
+            device = weight.device if weight.is_meta else packed.device
+            original._parameters["weight"] = holder.to(device, packed.dtype).get_parameter("weight")
         return original.train(new.training)
 
     return undo
