@@ -120,6 +120,13 @@ def test_no_value_of_a_primitive_lies_outside_its_bounds(
     assert_within(evaluate(graph, grid)[0], found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_values_of_erf_lie_within_bounds_though_torch_is_off(dtype: torch.dtype) -> None:
+    for value in torch.logspace(-8, 0, 200).to(dtype):
+        (found,), _ = bound(operation(PRIMITIVES["erf"], [dtype], None), [Range(value, value, None)], [])
+        assert_within(torch.erf(value[None]), found)
+
+
 @pytest.mark.parametrize("name", COMPUTING)
 def test_a_primitive_without_a_rule_is_bounded_by_all_of_its_dtype(
     name: str, monkeypatch: pytest.MonkeyPatch
