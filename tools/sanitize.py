@@ -38,6 +38,8 @@ TESTS: Final = (
     "test_gradients.py",
     "test_gradient_programs.py",
     "test_matmul.py",
+    "test_packed.py",
+    "test_maps.py",
 )
 
 

@@ -59,6 +59,7 @@ def functions(draw: Any) -> Callable[..., Any]:
     return function
 
 
+@pytest.mark.sanitized
 @pytest.mark.skipif("avx512" not in SETS, reason="nothing is compiled without AVX-512")
 @settings(max_examples=60, deadline=None)
 @given(
@@ -170,6 +171,7 @@ def short(p: list[Tensor], g: list[Tensor], m: list[Tensor]) -> None:
     g.pop()
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("spoil", [overlapping, shifted, sparse, short])
 def test_what_only_a_closer_look_shows_is_refused_and_nothing_is_written(spoil: Any) -> None:
     p, g, m = lists()
@@ -181,6 +183,7 @@ def test_what_only_a_closer_look_shows_is_refused_and_nothing_is_written(spoil: 
     assert all(torch.equal(one, other) for one, other in zip(p, before, strict=True))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     "change",
     [
@@ -246,6 +249,7 @@ def test_the_operator_refuses_lists_that_the_program_does_not_take() -> None:
 # ---------------------------------------------------------------------------- reductions
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sums_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     xs = [torch.randn(n).to(dtype) for n in (100_000, 3, 70_001)]

@@ -71,6 +71,7 @@ lengths = st.one_of(st.integers(0, 100), st.sampled_from([128, 130, 256, 257, 60
 columns = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 130, 200]))
 
 
+@pytest.mark.sanitized
 @settings(max_examples=150, deadline=None)
 @given(
     weight=weights(lengths, columns),
@@ -92,6 +93,7 @@ def test_products_are_those_of_the_dequantised_weight(
     assert_close(found, a, unpack(weight, torch.float64), bias)
 
 
+@pytest.mark.sanitized
 @settings(max_examples=20, deadline=None)
 @given(
     weight=weights(st.integers(0, 70), st.integers(0, 40)), rows=st.integers(0, 5), isa=st.sampled_from(SETS)
@@ -125,6 +127,7 @@ def test_the_number_of_threads_changes_no_bit(kind: str, rows: int) -> None:
     assert torch.equal(found(), alone)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("rows", [2, 30])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_functions_see_the_indices_and_values_of_a_dense_product(rows: int, batch: tuple[int, ...]) -> None:
@@ -143,6 +146,7 @@ def test_functions_see_the_indices_and_values_of_a_dense_product(rows: int, batc
     torch.testing.assert_close(found.double(), a.double() @ (dense * scale), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("kind", ["int8", "int4", "q4_0", "q8_0"])
 def test_gradients_reach_the_other_operand_and_the_bias(kind: str) -> None:
     weight = blocks(kind, 96, 70, 1) if kind in BLOCKS else quants(int(kind[3:]), 32, False, 96, 70, 1)
@@ -226,6 +230,7 @@ def run_changed(scheme: str, changes: dict[str, Any]) -> int:
     return int(LIBRARY.library.thal_matmul_run(bytes(call)))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_wrong_weight_is_refused_before_anything_is_read(scheme: str) -> None:
     in_rows = scheme not in BLOCKS
