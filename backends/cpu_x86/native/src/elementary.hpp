@@ -27,7 +27,7 @@ inline T pick(bool condition, T yes, T no) {
 
 // 2^n * p for whole n in [-252, 254], rounded once where the result is subnormal.
 inline float scale_by_power(float p, float n) {
-  const auto power = [](int32_t k) { return bits_as<float>((k + 127) << 23); };
+  const auto power = [](int32_t k) { return bits_as<float>((static_cast<uint32_t>(k) + 127u) << 23); };  // of NaN, k is any number
   const auto k = static_cast<int32_t>(n);
   const int32_t half = k >> 1;
   return p * power(half) * power(k - half);
@@ -101,7 +101,7 @@ inline float tanh_of(float x) {
   const float size = std::fabs(x);
   const float doubled = pick(size > 9.1f, 18.2f, 2.0f * size);
   const float n = nearest(doubled * 1.44269504f);
-  const float power = bits_as<float>((static_cast<int32_t>(n) + 127) << 23);
+  const float power = bits_as<float>((static_cast<uint32_t>(static_cast<int32_t>(n)) + 127u) << 23);
   const float t = std::fma(power, expm1_near_zero(less_logarithms(doubled, n)), power - 1.0f);
   return pick(x != x, x, std::copysign(t / (t + 2.0f), x));
 }
