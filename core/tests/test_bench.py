@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from installed_backends import Site
 
 import torchhal
-from torchhal.bench import accuracy, attention, candidates, catalogue, ceilings, chart, idle, overhead
+from torchhal.bench import accuracy, attention, candidates, catalogue, ceilings, chart, choice, idle, overhead
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.ceilings import Ceilings
 from torchhal.bench.dense import Dense
@@ -212,12 +212,12 @@ def test_shares_are_of_the_limits_and_speedups_of_torch() -> None:
 
 def test_by_default_every_backend_but_the_reference_is_measured(site: Site) -> None:
     found = registry().backends
-    assert [b.name for b in attention.candidates(found, CPU, None)] == ["reference"]
+    assert [b.name for b in choice.backends("attention", found, CPU, None)] == ["reference"]
     site.add("a")
     site.add("b")
     found = registry().backends
-    assert {b.name for b in attention.candidates(found, CPU, None)} == {"a", "b"}
-    assert [b.name for b in attention.candidates(found, CPU, "reference")] == ["reference"]
+    assert {b.name for b in choice.backends("attention", found, CPU, None)} == {"a", "b"}
+    assert [b.name for b in choice.backends("attention", found, CPU, "reference")] == ["reference"]
 
 
 # ---------------------------------------------------------------------------- limits

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli_support import document
 
+from torchhal.bench import choice
 from torchhal.bench import foreach as measuring
 from torchhal.bench.cases import Requirement
 from torchhal.bench.timing import Effort, Timing
@@ -45,9 +46,12 @@ def test_bytes_are_those_of_four_reads_and_three_writes() -> None:
 
 
 def test_cases_are_chosen_by_name_and_an_unknown_one_is_refused() -> None:
-    assert [c.name for c in measuring.chosen("adamw-20*, first")] == ["adamw-20x1m", "first-call-2000"]
+    assert [c.name for c in choice.named("foreach", measuring.CASES, "adamw-20*, first")] == [
+        "adamw-20x1m",
+        "first-call-2000",
+    ]
     with pytest.raises(InvalidProblem, match="no foreach case is called 'sgd'.*adamw-20x1m"):
-        measuring.chosen("sgd")
+        choice.named("foreach", measuring.CASES, "sgd")
 
 
 def test_the_command_reports_every_case_as_json() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_support import invoke
 
-from torchhal.bench import matmul
+from torchhal.bench import choice, matmul
 from torchhal.bench.ceilings import Ceilings
 from torchhal.bench.timing import Effort, Timing
 from torchhal.errors import InvalidProblem
@@ -63,9 +63,12 @@ def test_speedups_and_needs_are_ratios_of_medians() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names() -> None:
-    assert {c.name for c in matmul.chosen("gemm-64*, linear-1-")} >= {"gemm-64-f32", "linear-1-4096-bf16"}
+    assert {c.name for c in choice.named("matmul", matmul.CASES, "gemm-64*, linear-1-")} >= {
+        "gemm-64-f32",
+        "linear-1-4096-bf16",
+    }
     with pytest.raises(InvalidProblem, match="no matmul case is called 'nothing'; cases are gemm-2048-f32"):
-        matmul.chosen("nothing")
+        choice.named("matmul", matmul.CASES, "nothing")
 
 
 def test_the_command_prints_numbers_for_every_candidate() -> None:

@@ -15,7 +15,7 @@ from torchhal.bench.candidates import Candidate
 from torchhal.bench.cases import OWN, Case, Requirement
 from torchhal.bench.ceilings import Ceilings
 from torchhal.bench.timing import Effort, Timing, synchronizer
-from torchhal.registry import REFERENCE, Backend
+from torchhal.registry import Backend
 
 
 @dataclass(frozen=True)
@@ -206,16 +206,6 @@ def _checked(case: Case, candidate: Candidate, expected: Expectation) -> Row:
 def wrong(results: list[CaseResult]) -> Iterator[Row]:
     """The rows of our backends whose result was not right."""
     return (row for result in results for row in result.rows if row.ours and not row.passed)
-
-
-def candidates(found: dict[str, Backend], device: torch.device, only: str | None) -> list[Backend]:
-    """The backends to time: the one asked for, or all for the device but the reference, if there is any."""
-    if only is not None:
-        return [found[only]]
-    fitting = [b for b in found.values() if not b.info.device_types or device.type in b.info.device_types]
-    fitting = [b for b in fitting if b.info.capabilities.attention is not None]
-    better = [b for b in fitting if b.name != REFERENCE]
-    return better or fitting
 
 
 def select_cases(patterns: str | None, quick: bool) -> list[Case]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
@@ -13,10 +12,10 @@ from torchhal.bench.backward import Backward
 from torchhal.bench.block_mask import TORCH, MakeBlockMask
 from torchhal.bench.candidates import FLEX, READ, SDPA, SDPA_DENSE, SDPA_PADDED
 from torchhal.bench.cases import Case, Requirement
+from torchhal.bench.choice import named
 from torchhal.bench.dense import AlibiSoftCap, Dense, Window
 from torchhal.bench.first_call import FirstCall
 from torchhal.bench.layouts import Documents, PagedDecode
-from torchhal.errors import InvalidProblem
 
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -116,22 +115,5 @@ MEMORY: Final[tuple[Case, ...]] = (
 
 
 def chosen(patterns: str | None) -> list[Case]:
-    """The cases whose names match one of some patterns, separated by commas; all without patterns.
-
-    Raises:
-        InvalidProblem: a pattern matches nothing.
-    """
-    if patterns is None:
-        return list(ATTENTION)
-    found: dict[str, Case] = {}
-    for pattern in (p.strip() for p in patterns.split(",")):
-        matching = {
-            c.name: c for c in ATTENTION if fnmatch.fnmatchcase(c.name, pattern) or c.name.startswith(pattern)
-        }
-        if not matching or not pattern:
-            known = ", ".join(c.name for c in ATTENTION)
-            raise InvalidProblem(
-                f"no attention case is called {pattern!r}; cases are {known}, and * stands for any letters"
-            )
-        found.update(matching)
-    return list(found.values())
+    """The cases that :func:`torchhal.bench.choice.named` finds."""
+    return named("attention", ATTENTION, patterns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import itertools
 import time
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from torchhal.bench.cases import Requirement
 from torchhal.bench.timing import Effort, Timing, interleaved, synchronizer
-from torchhal.errors import InvalidProblem
 from torchhal.foreach import foreach_map
-from torchhal.registry import REFERENCE, Backend
+from torchhal.registry import Backend
 
 FUSED: Final = "torch AdamW, fused"
 FOREACH: Final = "torch AdamW, foreach"
@@ -137,35 +135,6 @@ class Result:
             **start, "seconds": row.timing.to_dict(), "memory_share": share, "max_error": row.error,
             "passed": row.passed, "requirements": ratios if row.ours else {},
         }  # fmt: skip
-
-
-def chosen(patterns: str | None) -> list[Case]:
-    """The cases whose names match one of some patterns, separated by commas; all without patterns.
-
-    Raises:
-        InvalidProblem: a pattern matches nothing.
-    """
-    found: dict[str, Case] = {}
-    for pattern in ["*"] if patterns is None else [p.strip() for p in patterns.split(",")]:
-        matching = {
-            c.name: c for c in CASES if fnmatch.fnmatchcase(c.name, pattern) or c.name.startswith(pattern)
-        }
-        if not matching or not pattern:
-            known = ", ".join(c.name for c in CASES)
-            raise InvalidProblem(
-                f"no foreach case is called {pattern!r}; cases are {known}, and * stands for any letters"
-            )
-        found.update(matching)
-    return list(found.values())
-
-
-def candidates(found: dict[str, Backend], device: torch.device, only: str | None) -> list[Backend]:
-    """The backends to time: the one asked for, or all for the device but the reference, if there is any."""
-    if only is not None:
-        return [found[only]]
-    fitting = [b for b in found.values() if not b.info.device_types or device.type in b.info.device_types]
-    fitting = [b for b in fitting if b.info.capabilities.foreach is not None]
-    return [b for b in fitting if b.name != REFERENCE] or fitting
 
 
 def moving_gbps(device: torch.device) -> float:

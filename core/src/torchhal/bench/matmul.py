@@ -6,7 +6,6 @@ result is in float64. :data:`CASES` lists the calls that are measured.
 
 from __future__ import annotations
 
-import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,6 @@ from torchhal._text import dtype_name
 from torchhal.bench.cases import Requirement
 from torchhal.bench.ceilings import Ceilings
 from torchhal.bench.timing import Effort, Timing, interleaved, synchronizer
-from torchhal.errors import InvalidProblem
-from torchhal.registry import Backend
 
 Operands = Mapping[str, Any]
 Call = Callable[[], Tensor]
@@ -207,28 +204,6 @@ CASES: Final[tuple[Case, ...]] = (
 """Large and small products, layers of one token and of several, and the first half of a gated MLP."""
 
 
-def chosen(patterns: str | None, cases: Sequence[Case] = CASES) -> list[Case]:
-    """The cases whose names match one of some patterns, separated by commas; all without patterns.
-
-    Raises:
-        InvalidProblem: a pattern matches nothing.
-    """
-    if patterns is None:
-        return list(cases)
-    found: dict[str, Case] = {}
-    for pattern in (p.strip() for p in patterns.split(",")):
-        matching = {
-            c.name: c for c in cases if fnmatch.fnmatchcase(c.name, pattern) or c.name.startswith(pattern)
-        }
-        if not matching or not pattern:
-            known = ", ".join(c.name for c in cases)
-            raise InvalidProblem(
-                f"no matmul case is called {pattern!r}; cases are {known}, and * stands for any letters"
-            )
-        found.update(matching)
-    return list(found.values())
-
-
 # ---------------------------------------------------------------------------- measuring
 
 
@@ -304,19 +279,6 @@ class CaseResult:
             "read_share": limits.read_share(self.case.bytes, seconds), "max_error": row.error,
             "passed": row.passed(self.case.dtype), "requirements": needed,
         }  # fmt: skip
-
-
-def candidates(found: Mapping[str, Backend], device: torch.device, only: str | None) -> list[str]:
-    """The backends to time: the one asked for, or all for the device but the reference, if there is any."""
-    if only is not None:
-        return [only]
-    fitting = [
-        name
-        for name, b in found.items()
-        if b.info.capabilities.matmul is not None
-        and (not b.info.device_types or device.type in b.info.device_types)
-    ]
-    return [name for name in fitting if name != "reference"] or fitting
 
 
 def measure(

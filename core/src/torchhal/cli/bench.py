@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from torchhal.bench import attention as measuring
-from torchhal.bench import chart, overhead
+from torchhal.bench import chart, choice, overhead
 from torchhal.bench import memory as growing
 from torchhal.bench.cases import describe
 from torchhal.bench.ceilings import Ceilings, ceilings
@@ -32,6 +32,10 @@ Chosen = Annotated[
 Quick = Annotated[
     bool, typer.Option("--quick", help="Smaller and shorter: to see that it works, not to report.")
 ]
+Select = Annotated[
+    str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
+]
+Device = Annotated[str, typer.Option(help="torch device to measure on.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch may use.")]
 
 
@@ -39,12 +43,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads torch may use.
 @reporting_errors
 def attention(
     backend: Chosen = None,
-    select: Annotated[
-        str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
-    ] = None,
+    select: Select = None,
     quick: Quick = False,
     threads: Threads = None,
-    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    device: Device = "cpu",
     flex: Annotated[
         bool,
         typer.Option("--flex", help="Also torch's compiled flex_attention: seconds to compile each case."),
@@ -81,7 +83,7 @@ def attention(
         cases = measuring.select_cases(select, quick)
     except InvalidProblem as error:
         usage(str(error))
-    measured = measuring.candidates(found.backends, where, backend)
+    measured = choice.backends("attention", found.backends, where, backend)
     effort = QUICK if quick else Effort()
     results = []
     grown: list[growing.Growth] = []
@@ -178,6 +180,26 @@ def note_load() -> None:
         note(
             f"{load:.1f} programs shared {cores} cores in the last minute: these times are longer, and vary more, than on an idle machine"
         )
+
+
+def show_results(
+    limits: str,
+    name: str,
+    numbers: Sequence[str],
+    results: Sequence[Any],
+    cells: Callable[[Any, Any], Sequence[str]],
+) -> None:
+    """The machine, its ``limits`` in words, and a table with the rows of each result, whose first cell names the case."""
+    console = out()
+    console.print(escape(title()))
+    console.print(limits)
+    made = table(name, "case", "candidate", *numbers, "needs", numbers=numbers)
+    for result in results:
+        for index, row in enumerate(result.rows):
+            made.add_row(result.case.name if index == 0 else "", *cells(result, row))
+        made.add_section()
+    console.print(made)
+    note_load()
 
 
 def context() -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
 import typer
 from rich.markup import escape
 
+from torchhal.bench import choice
 from torchhal.bench import foreach as measuring
 from torchhal.bench.timing import QUICK, Effort
 from torchhal.cli import bench
-from torchhal.cli.output import FAILED, Json, emit, out, progress, reporting_errors, table, usage
+from torchhal.cli.output import FAILED, Json, emit, progress, reporting_errors, usage
 from torchhal.errors import InvalidProblem
 from torchhal.registry import registry
 
@@ -20,12 +21,10 @@ from torchhal.registry import registry
 @reporting_errors
 def foreach(
     backend: bench.Chosen = None,
-    select: Annotated[
-        str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
-    ] = None,
+    select: bench.Select = None,
     quick: bench.Quick = False,
     threads: bench.Threads = None,
-    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    device: bench.Device = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also torch's compiled foreach_map: a minute to compile.")
     ] = False,
@@ -36,16 +35,15 @@ def foreach(
     Shares are of what torch reads and writes where it overwrites a large tensor, measured in this run, counting each number once. A missed
     requirement is no error: the exit code is 1 only for a backend whose step is wrong.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    bench.set_threads(threads)
     found, where = registry(), torch.device(device)
     if backend is not None:
         found.get(backend)
     try:
-        cases = measuring.chosen(select)
+        cases = choice.named("foreach", measuring.CASES, select)
     except InvalidProblem as error:
         usage(str(error))
-    measured = measuring.candidates(found.backends, where, backend)
+    measured = choice.backends("foreach", found.backends, where, backend)
     effort = QUICK if quick else Effort()
     results = []
     with progress(len(cases) + 1, "bench foreach", json_output) as step:
@@ -60,23 +58,11 @@ def foreach(
         shown = [r.to_dict(gbps) for r in results]
         emit({**bench.context(), "quick": quick, "moving_gbps": gbps, "cases": shown})
     else:
-        _show(results, gbps)
+        limit = f"limit in this run: {gbps:.1f} GB/s read and written (256 MiB overwritten by torch)"
+        numbers = ("median", "p10 .. p90", "GB/s", "of limit", "max error")
+        bench.show_results(limit, "Foreach", numbers, results, partial(_cells, gbps=gbps))
     if any(row.ours and not row.passed for result in results for row in result.rows):
         raise typer.Exit(FAILED)
-
-
-def _show(results: Sequence[measuring.Result], gbps: float) -> None:
-    console = out()
-    console.print(escape(bench.title()))
-    console.print(f"limit in this run: {gbps:.1f} GB/s read and written (256 MiB overwritten by torch)")
-    numbers = ("median", "p10 .. p90", "GB/s", "of limit", "max error")
-    made = table("Foreach", "case", "candidate", *numbers, "needs", numbers=numbers)
-    for result in results:
-        for index, row in enumerate(result.rows):
-            made.add_row(result.case.name if index == 0 else "", *_cells(result, row, gbps))
-        made.add_section()
-    console.print(made)
-    bench.note_load()
 
 
 def _cells(result: measuring.Result, row: measuring.Row, gbps: float) -> list[str]:
@@ -94,6 +80,5 @@ def _needs(result: measuring.Result, row: measuring.Row) -> str:
     for needed in result.case.requirements:
         ratio = result.ratio(row, needed)
         if ratio is not None:
-            mark = "[green]pass[/]" if ratio >= needed.ratio else "[red]MISS[/]"
-            shown.append(f"{ratio:.2f} of {escape(str(needed))} {mark}")
+            shown.append(f"{ratio:.2f} of {escape(str(needed))} {bench.mark(ratio >= needed.ratio)}")
     return "\n".join(shown)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
 import typer
 from rich.markup import escape
 
+from torchhal.bench import choice, packed
 from torchhal.bench import matmul as measuring
-from torchhal.bench import packed
 from torchhal.bench.ceilings import Ceilings, ceilings
 from torchhal.bench.timing import QUICK, Effort
 from torchhal.cli import bench
-from torchhal.cli.output import FAILED, Json, emit, out, progress, reporting_errors, table, usage
+from torchhal.cli.output import FAILED, Json, emit, progress, reporting_errors, usage
 from torchhal.errors import InvalidProblem
 from torchhal.registry import registry
 
@@ -22,12 +22,10 @@ from torchhal.registry import registry
 @reporting_errors
 def matmul(
     backend: bench.Chosen = None,
-    select: Annotated[
-        str | None, typer.Option("--cases", help="Names, beginnings or patterns, separated by commas.")
-    ] = None,
+    select: bench.Select = None,
     quick: bench.Quick = False,
     threads: bench.Threads = None,
-    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    device: bench.Device = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also what torch.compile makes of it: seconds for each case.")
     ] = False,
@@ -44,11 +42,11 @@ def matmul(
     if backend is not None:
         found.get(backend)
     try:
-        cases = measuring.chosen(select, (*measuring.CASES, *packed.CASES))
+        cases = choice.named("matmul", (*measuring.CASES, *packed.CASES), select)
     except InvalidProblem as error:
         usage(str(error))
     cases = [case.quick() for case in cases] if quick else cases
-    measured = measuring.candidates(found.backends, where, backend)
+    measured = [b.name for b in choice.backends("matmul", found.backends, where, backend)]
     effort = QUICK if quick else Effort()
     results: list[measuring.CaseResult] = []
     with progress(len(cases) + 1, "bench matmul", json_output) as step:
@@ -61,23 +59,11 @@ def matmul(
         made = {"quick": quick, "ceilings": limits.to_dict(), "cases": [r.to_dict(limits) for r in results]}
         emit({**bench.context(), **made})
     else:
-        _show(results, limits)
+        known = f"limits in this run: {limits.gflops:.0f} GFLOP/s, {limits.gbps:.1f} GB/s"
+        numbers = ("median", "x torch", "GFLOP/s", "of limit", "GB/s", "of limit ", "max error")
+        bench.show_results(known, "Matmul", numbers, results, partial(_cells, limits=limits))
     if any(row.ours and not row.passed(result.case.dtype) for result in results for row in result.rows):
         raise typer.Exit(FAILED)
-
-
-def _show(results: Sequence[measuring.CaseResult], limits: Ceilings) -> None:
-    console = out()
-    console.print(escape(bench.title()))
-    console.print(f"limits in this run: {limits.gflops:.0f} GFLOP/s, {limits.gbps:.1f} GB/s")
-    numbers = ("median", "x torch", "GFLOP/s", "of limit", "GB/s", "of limit ", "max error")
-    made = table("Matmul", "case", "candidate", *numbers, "needs", numbers=numbers)
-    for result in results:
-        for index, row in enumerate(result.rows):
-            made.add_row(result.case.name if index == 0 else "", *_cells(result, row, limits))
-        made.add_section()
-    console.print(made)
-    bench.note_load()
 
 
 def _cells(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
