@@ -54,6 +54,15 @@ def of_numbers(function: Any) -> Any:
 # ---------------------------------------------------------------------------- dense
 
 
+def drawn_mask(kind: str | None, drawn: torch.Tensor) -> torch.Tensor | None:
+    """A mask of a kind, by random numbers."""
+    return {
+        None: None,
+        "boolean": drawn > -0.3,
+        "additive": torch.where(drawn > 1, -INF, drawn).float(),
+    }[kind]
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     group=st.integers(1, 3), kv=st.integers(1, 2), rows=st.integers(0, 35), keys=st.integers(0, 40),
@@ -67,11 +76,7 @@ def test_any_dense_problem_equals_the_oracle(
 ) -> None:  # fmt: skip
     tensors = qkv(2, kv * group, kv, rows, keys, e, ev, FLOAT, seed)
     drawn = normal(2, 1, rows, keys, seed=seed + 1)
-    given_mask = {
-        None: None,
-        "boolean": drawn > -0.3,
-        "additive": torch.where(drawn > 1, -INF, drawn).float(),
-    }[mask]
+    given_mask = drawn_mask(mask, drawn)
     result = portable(*tensors, tuning=tuning, mask=given_mask, is_causal=causal, scale=scale)
     close(result, oracle.attention(*tensors, mask=given_mask, is_causal=causal, scale=scale))
 

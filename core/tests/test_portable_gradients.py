@@ -14,7 +14,7 @@ import torch
 from attention_calls import INF, NAN, alibi, call, normal, qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_portable_attention import SLOPES, blocks
+from test_portable_attention import SLOPES, blocks, drawn_mask
 from test_reference_attention_layouts import packed, paginate, starts
 from tolerance import assert_accurate
 from torch import Tensor
@@ -150,11 +150,7 @@ def test_gradients_of_any_dense_problem_are_those_of_autograd_in_float64(
 ) -> None:  # fmt: skip
     tensors = qkv(2, kv * group, kv, rows, keys, e, ev, FLOAT, seed)
     drawn = normal(2, 1, rows, keys, seed=seed + 1)
-    given_mask = {
-        None: None,
-        "boolean": drawn > -0.3,
-        "additive": torch.where(drawn > 1, -INF, drawn).float(),
-    }[mask]
+    given_mask = drawn_mask(mask, drawn)
     check(tensors, Rules(given_mask, scale, causal), through)
 
 

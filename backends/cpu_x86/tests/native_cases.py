@@ -33,6 +33,17 @@ def forced(isa: str, dtype: torch.dtype) -> Iterator[None]:
         LIBRARY.set_isa(dtype, before)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's number of threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def respread(x: Tensor, how: str) -> Tensor:
     """The same values in other strides."""
     if how == "swapped":

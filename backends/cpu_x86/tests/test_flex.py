@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import LIBRARY
+from native_cases import LIBRARY, threads
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import torchhal
@@ -225,18 +225,14 @@ def test_a_score_of_minus_infinity_hides_what_its_key_holds() -> None:
 def test_results_do_not_depend_on_the_number_of_threads(rows: int) -> None:
     query, key, value = tensors((2, 4, rows, 32), (2, 2, 3000, 32), (2, 2, 3000, 32))
     mask = blocks("each head", rows, 3000, 64)
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2):
+        with threads(count):
             results.append(
                 torchhal.attention(
                     query, key, value, score_mod=alibi, block_mask=mask, enable_gqa=True, backend="cpu_x86"
                 )
             )
-        finally:
-            torch.set_num_threads(before)
     assert torch.equal(*results)
 
 

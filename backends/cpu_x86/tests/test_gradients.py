@@ -10,7 +10,7 @@ import torch
 from gradient_cases import CAPTURED, Problem, check, draw, native, pulled_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, INF, SETS, Tensor, forced, inputs, respread
+from native_cases import DTYPES, INF, SETS, Tensor, forced, inputs, respread, threads
 
 import torchhal
 
@@ -274,14 +274,11 @@ def test_gradients_are_the_same_bits_run_by_run_for_any_number_of_threads(
     score, tensors = CAPTURED["a table of distances for each head"]
     problem = Problem(*inputs(1, 4, 2, 300, 300, 32, 32, dtype), draw(mask)[0], tensors, score)
     above = cases.gradients_above(problem)
-    before, results = torch.get_num_threads(), []
+    results = []
     with forced(isa, dtype):
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            try:
+        for count in (1, 2, 3, 2):
+            with threads(count):
                 results.append(pulled_back(native, problem, above, "both"))
-            finally:
-                torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

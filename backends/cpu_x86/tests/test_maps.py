@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import SETS, Tensor, forced
+from native_cases import SETS, Tensor, forced, threads
 
 import torchhal
 from torchhal.errors import InvalidProblem
@@ -253,13 +253,10 @@ def test_the_operator_refuses_lists_that_the_program_does_not_take() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sums_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     xs = [torch.randn(n).to(dtype) for n in (100_000, 3, 70_001)]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
             found.append(torchhal.foreach_reduce(lambda x: x * x * x, xs, backend="cpu_x86"))
-    finally:
-        torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

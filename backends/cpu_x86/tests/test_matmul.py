@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, LIBRARY, SETS, Tensor, forced
+from native_cases import DTYPES, LIBRARY, SETS, Tensor, forced, threads
 
 import torchhal
 from torchhal.errors import Unsupported
@@ -114,12 +114,8 @@ def test_the_number_of_threads_changes_no_bit(sizes: tuple[int, int, int]) -> No
     def found() -> Tensor:
         return multiply(a, b, a_prologue=lambda v, i, m, k: v * scale[k], epilogue=torch.nn.functional.gelu)  # type: ignore[no-any-return]
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = found()
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(found(), alone)
 
 

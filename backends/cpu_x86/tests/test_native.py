@@ -8,16 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, INF, LIBRARY, OPS, SETS, check, inputs, oracle, respread, run
+from native_cases import DTYPES, INF, LIBRARY, OPS, SETS, check, inputs, oracle, respread, run, threads
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Problems this small run faster on one thread; tests of threads set their own count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(params=SETS)
@@ -297,8 +295,8 @@ def test_results_are_bitwise_equal_for_every_thread_count(
     tensors = inputs(batch, heads, kv_heads, length, keys, e, ev, dtype)
     results = []
     for count in (1, 2, 3, 2):
-        torch.set_num_threads(count)
-        results.append(run(*tensors, True, 0.1))
+        with threads(count):
+            results.append(run(*tensors, True, 0.1))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 

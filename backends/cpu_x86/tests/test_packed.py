@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import LIBRARY, SETS, Tensor
+from native_cases import LIBRARY, SETS, Tensor, threads
 from test_matmul import Call, instruction_set, multiply
 
 import torchhal
@@ -118,12 +118,8 @@ def test_the_number_of_threads_changes_no_bit(kind: str, rows: int) -> None:
             a, weight, a_prologue=lambda v, i, m, k: v * scale[k], epilogue=torch.nn.functional.gelu
         )
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = found()
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(found(), alone)
 
 

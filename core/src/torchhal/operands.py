@@ -161,11 +161,7 @@ class PackedWeight:
         Raises:
             InvalidProblem: entries are missing, unknown, or do not belong together.
         """
-        expected = {f.name for f in fields(PackedWeight)}
-        if set(state) != expected:
-            raise InvalidProblem(
-                f"the state of a packed weight has the entries {sorted(expected)}; got {sorted(state)}"
-            )
+        _expect_entries(state, PackedWeight, "packed")
         rows, columns = state["shape"]
         return PackedWeight(**{**state, "shape": (int(rows), int(columns)), "dtype": _dtype_of(state)})
 
@@ -262,11 +258,7 @@ class GGUFWeight:
         Raises:
             InvalidProblem: entries are missing, unknown, or do not belong together.
         """
-        expected = {f.name for f in fields(GGUFWeight)}
-        if set(state) != expected:
-            raise InvalidProblem(
-                f"the state of a GGUF weight has the entries {sorted(expected)}; got {sorted(state)}"
-            )
+        _expect_entries(state, GGUFWeight, "GGUF")
         return GGUFWeight(state["data"], state["kind"], _dtype_of(state))
 
 
@@ -284,6 +276,14 @@ def packed_from_state(state: Mapping[str, Any]) -> Packed:
         InvalidProblem: entries are missing, unknown, or do not belong together.
     """
     return (GGUFWeight if "kind" in state else PackedWeight).from_state(state)
+
+
+def _expect_entries(state: Mapping[str, Any], kind: type[PackedWeight | GGUFWeight], name: str) -> None:
+    expected = {f.name for f in fields(kind)}
+    if set(state) != expected:
+        raise InvalidProblem(
+            f"the state of a {name} weight has the entries {sorted(expected)}; got {sorted(state)}"
+        )
 
 
 def _dtype_of(state: Mapping[str, Any]) -> torch.dtype:
