@@ -39,7 +39,6 @@ class Rows {
   Run runs_[kBlock];
   int64_t run_count_;
   bool masked_;  // some row may not see some key of the block
-  RowState shared_;
 
  public:
   Rows(const Plan& p, const Item& it, char* scratch)
@@ -54,7 +53,6 @@ class Rows {
     key_index_ = ints(p.at_key_index);
     width_ = (c_.E + N - 1) / N * N;
     value_width_ = (c_.Ev + N - 1) / N * N;
-    shared_ = {rows_, c_.E, c_.Ev, width_, value_width_, q_, scores_, o_};
   }
 
   void run() {
@@ -158,7 +156,7 @@ class Rows {
   // The products with keys and values of type T: as they lie, or widened.
   template <int T>
   RowProducts<V, T> products() const {
-    return RowProducts<V, T>(shared_);
+    return RowProducts<V, T>({rows_, c_.E, c_.Ev, width_, value_width_, q_, scores_, o_});
   }
 
   void score_run(const Run& run) {

@@ -60,7 +60,7 @@ class RowProducts {
   static constexpr int N = V::N;
   static constexpr int64_t kBlock = thal::kRowKeyBlock, kSize = size_of<T>();
 
-  const RowState& s_;
+  const RowState s_;
 
  public:
   explicit RowProducts(const RowState& state) : s_(state) {}
