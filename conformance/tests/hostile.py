@@ -329,6 +329,7 @@ as_ordered = plugin(_as_ordered)
 forges = plugin(_forge)
 agrees_with_itself = plugin(run=lambda *given: (_make_torch_agree(), zeros(*given))[1])
 raises = plugin(throw(RuntimeError("the kernel gave up")))
+segfaults, quits, sleeps = (plugin(HARM[harm]) for harm in ("segfaults", "quits", "sleeps"))
 writes_past_the_end = plugin(run=_write_past_the_end)
 varlen_is_not_there = plugin(
     claims=dataclasses.replace(DENSE, layouts=frozenset({"dense", "varlen"})), hook=_denies_dense

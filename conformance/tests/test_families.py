@@ -127,6 +127,17 @@ def test_memory_that_an_allocator_keeps_counts_as_free(monkeypatch: pytest.Monke
     assert far._free(torch.device("cpu")) is None, "a host spends memory when it is touched"
 
 
+def accepted(check: Callable[..., Any], chosen: list[Sample]) -> None:
+    failed = {}
+    for sample in chosen:
+        try:
+            check("reference", sample, 7)
+        except Exception as error:
+            failed[sample.name] = f"{type(error).__name__}: {error}"
+    assert chosen
+    assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())
+
+
 @quiet
 @pytest.mark.parametrize("module", [far, merging], ids=["far", "merging"])
 def test_the_reference_finds_what_lies_far_apart_and_can_be_merged(module: Any) -> None:
@@ -144,54 +155,6 @@ def test_a_sink_is_one_softmax_whichever_way_it_is_computed() -> None:
     rest |= {name: inputs[name][:, :, 1:] for name in ("key", "value")}
     for one, other in zip(replaced.call("reference", inputs), beside.call("reference", rest), strict=True):
         torch.testing.assert_close(one, other)
-
-
-# ---------------------------------------------------------------------------- the reference
-
-
-def accepted(check: Callable[..., Any], chosen: list[Sample]) -> None:
-    failed = {}
-    for sample in chosen:
-        try:
-            check("reference", sample, 7)
-        except Exception as error:
-            failed[sample.name] = f"{type(error).__name__}: {error}"
-    assert chosen
-    assert not failed, "\n".join(f"{name}: {text}" for name, text in failed.items())
-
-
-@quiet
-@pytest.mark.parametrize("family", ["matmul", "foreach"])
-def test_the_reference_has_the_numbers(family: str) -> None:
-    accepted(numbers.run, [sample for sample in samples(family) if "integer" not in sample.tags])
-
-
-@quiet
-@pytest.mark.parametrize("family", ["matmul", "foreach"])
-def test_the_reference_has_the_gradients(family: str) -> None:
-    accepted(gradients.run, [sample for sample in samples(family) if sample.leaves])
-
-
-@quiet
-def test_the_reference_has_torchs_bits() -> None:
-    accepted(foreach.run, list(check_named("foreach.bitwise").samples()))
-
-
-CASES = [
-    (check, sample)
-    for check in checks_of("cache_store", "deploy", "context_parallel")
-    for sample in check.samples()
-]
-
-
-@quiet
-@pytest.mark.slow
-@pytest.mark.timeout(DEADLINE)
-@pytest.mark.parametrize(("check", "sample"), CASES, ids=[f"{c.name}/{s.name}" for c, s in CASES])
-def test_the_reference_passes_the_checks_of_services(check: Check, sample: Sample) -> None:
-    if sample.name == "quantizer":
-        pytest.importorskip("torchao")
-    check.run("reference", sample, 3)
 
 
 # ---------------------------------------------------------------------------- planted faults

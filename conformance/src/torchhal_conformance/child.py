@@ -192,8 +192,7 @@ class Child:
         self._reader.join(2)
         said = bytes(self._printed).decode(errors="replace").split()
         self.stop()
-        how = f"exit code {code}" if code >= 0 else f"signal {_signal_name(-code)}"
-        return f"the process ended with {how}" + (f"; it said last: {' '.join(said)[-300:]}" if said else "")
+        return ending(code) + (f"; it said last: {' '.join(said)[-300:]}" if said else "")
 
     def close(self) -> None:
         """End the process for good: another thread that waits for it starts no new one."""
@@ -219,6 +218,12 @@ class Child:
         if connection is not None:
             _shut(connection)  # another thread may be reading
             connection.close()
+
+
+def ending(code: int) -> str:
+    """How a process ended: with an exit code, or by the signal of that negative number."""
+    how = f"exit code {code}" if code >= 0 else f"signal {_signal_name(-code)}"
+    return f"the process ended with {how}"
 
 
 def parsed(answer: bytes) -> Any:

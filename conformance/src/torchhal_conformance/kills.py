@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Final
 
 from torchhal_conformance import calls, corpus
 from torchhal_conformance.checks import all_checks
 from torchhal_conformance.mutants import NAME, Mutant, all_mutants
+from torchhal_conformance.nursery import Forks
 from torchhal_conformance.pool import Worker
 
 DEADLY: Final = frozenset(("fail", "timeout", "untestable"))
@@ -40,21 +43,37 @@ class Kill:
 
 def hunt(mutants: tuple[Mutant, ...], jobs: int, timeout: float = 60.0) -> Iterator[Kill]:
     """Try every mutant's killers, each until its first failure; in the order of the mutants."""
-    with ThreadPoolExecutor(jobs) as executor:
-        for kills in executor.map(lambda mutant: _hunt_one(mutant, timeout), mutants):
-            yield from kills
+    nurseries: SimpleQueue[Forks] = SimpleQueue()
+    for _ in range(jobs):
+        nurseries.put(Forks(0, timeout, 1))
+    try:
+        with ThreadPoolExecutor(jobs) as executor:
+            for kills in executor.map(lambda mutant: _hunt_one(mutant, nurseries, timeout), mutants):
+                yield from kills
+    finally:
+        for _ in range(jobs):
+            nurseries.get().close()
 
 
-def _hunt_one(mutant: Mutant, timeout: float) -> list[Kill]:
+def _hunt_one(mutant: Mutant, nurseries: SimpleQueue[Forks], timeout: float) -> list[Kill]:
     lacking = mutant.needs - calls.accelerator_facilities()
     if lacking:
         message = f"not tried here: no accelerator with {' and '.join(sorted(lacking))}"
         return [Kill(mutant.name, mutant.fault, check, None, message, 0.0, False) for check in mutant.killers]
-    worker = Worker(NAME, f"torchhal_conformance.mutants:plugins.{mutant.name}", 0, timeout, 1)
+    plugin = f"torchhal_conformance.mutants:plugins.{mutant.name}"
+    # A device's context does not live through a fork, and there is none outside POSIX; macOS has it in name.
+    if mutant.needs or sys.platform != "linux":
+        worker = Worker(NAME, plugin, 0, timeout, 1)
+        try:
+            return [_first_kill(worker, mutant, check) for check in mutant.killers]
+        finally:
+            worker.stop()
+    forks = nurseries.get()
+    forks.plant(plugin)
     try:
-        return [_first_kill(worker, mutant, check) for check in mutant.killers]
+        return [_first_kill(forks, mutant, check) for check in mutant.killers]
     finally:
-        worker.stop()
+        nurseries.put(forks)
 
 
 def _first_kill(worker: Worker, mutant: Mutant, check: str) -> Kill:

@@ -39,10 +39,16 @@ class Worker(Child):
         """
         return self.recorded(case)[0]
 
+    def request(self, case: str) -> bytes:
+        """What the process is told, to examine a case."""
+        return case.encode()
+
     def recorded(self, case: str) -> tuple[Result, bytes]:
         """The result of one case, and the tape of its calls for a :class:`Judge`."""
         try:
-            answer, recorded = self.ask(case.encode(), seconds=self.timeout, answers=(LONGEST, tape.LONGEST))
+            answer, recorded = self.ask(
+                self.request(case), seconds=self.timeout, answers=(LONGEST, tape.LONGEST)
+            )
         except Late as late:
             return ended(case, "timeout", "Timeout", str(late)), b""
         except Gone as gone:

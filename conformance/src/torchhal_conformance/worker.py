@@ -39,15 +39,25 @@ def undelayed(connection: Wire) -> Wire:
 def main() -> None:
     """Serve one parent until it hangs up."""
     with connected() as connection:
-        _serve(connection, *sys.argv[1:])
+        serve(connection, *sys.argv[1:])
 
 
-def _serve(connection: Any, backend: str, plugin: str, seed: str) -> None:
+def prepare(seed: str) -> None:
+    """Do what is the same for every backend: import what is installed, and list the cases."""
+    from torchhal.registry import registry
+    from torchhal_conformance import corpus, examine, judge, tape  # noqa: F401  (imported for whoever is forked)
+
+    registry()
+    corpus.cases(int(seed))
+
+
+def serve(connection: Any, backend: str, plugin: str, seed: str) -> None:
+    """Say who the backend is, then examine one case after the other until the connection ends."""
     import torch
 
     from torchhal.errors import TorchhalError
     from torchhal.registry import registry
-    from torchhal_conformance import corpus, examine
+    from torchhal_conformance import examine
 
     torch.manual_seed(0)
     try:
@@ -56,7 +66,7 @@ def _serve(connection: Any, backend: str, plugin: str, seed: str) -> None:
     except (TorchhalError, ValueError) as error:
         connection.send_bytes(json.dumps({"refused": str(error)}).encode())
         return
-    corpus.cases(int(seed))  # seconds that are no case's
+    prepare(seed)  # seconds that are no case's
     connection.send_bytes(json.dumps(greeting).encode())
     while True:
         try:
