@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from torchhal._memory import large
 from torchhal._pages import (
     HOST,
     Growth,
@@ -71,7 +72,7 @@ class PagedKVCache:
     2
 
     Args:
-        pages: number of pages P in the pool, all allocated at once.
+        pages: number of pages P in the pool, all allocated at once; on Linux in large pages of memory where there are any.
         page_size: tokens that a page holds.
         kv_heads: heads Hkv of keys and values.
         head_size: elements E of a key.
@@ -123,8 +124,8 @@ class PagedKVCache:
         stored = stored_type(dtype, kv_dtype)
         with torch.inference_mode(False):  # an inference tensor could be written to in inference mode alone
             slots = torch.empty(pages, kv_heads, page_size, 0, dtype=stored, device=device)
-            self.key_pages = slots.new_empty(*slots.shape[:3], head_size)
-            self.value_pages = slots.new_empty(*slots.shape[:3], value_head_size)
+            self.key_pages = large((*slots.shape[:3], head_size), stored, slots.device)
+            self.value_pages = large((*slots.shape[:3], value_head_size), stored, slots.device)
             self.key_scale = check_scale("key_scale", key_scale, slots)
             self.value_scale = check_scale("value_scale", value_scale, slots)
         self._dtype = dtype

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from torchhal._memory import large
 from torchhal._quantize import check_scale, quantized
 from torchhal._text import dtype_name
 from torchhal.attention_call import Call, Functions, MaskMod, operands_of
@@ -261,7 +262,7 @@ class PagedDecode(Case):
     def _cut(self, dense: Tensor, order: Tensor) -> Tensor:
         shape = (self.batch, self.kv_heads, -1, self.page_size, self.head_size)
         cut = dense.reshape(shape).transpose(1, 2).flatten(0, 1)
-        made = torch.empty_like(cut, memory_format=torch.contiguous_format)
+        made = large(cut.shape, cut.dtype, cut.device)  # as PagedKVCache has them
         made[order.to(dense.device)] = cut
         return made
 
