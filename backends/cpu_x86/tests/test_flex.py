@@ -287,7 +287,7 @@ def flex(description: str, operands: list[Tensor], rows: int = 4) -> Any:
     return torch.ops.torchhal_cpu_x86.flex_attention(query, key, value, operands, description, 1.0)
 
 
-PLAIN = "0 0 0 0 0 0 1 1 -1 -1 0 0 0 0"
+PLAIN = "0 0 0 0 0 0 1 1 -1 -1 0 0 0 0 0"
 
 
 @pytest.mark.sanitized
@@ -311,11 +311,11 @@ def test_descriptions_that_nobody_wrote_are_refused(description: str) -> None:
 def test_operands_that_are_missing_or_too_many_are_refused() -> None:
     assert flex(PLAIN, [])[0].shape == (1, 2, 4, 8)
     with pytest.raises(RuntimeError, match="attn_mask is missing"):
-        flex("0 0 0 1 0 0 1 1 -1 -1 0 0 0 0", [])
+        flex("0 0 0 1 0 0 1 1 -1 -1 0 0 0 0 0", [])
     with pytest.raises(RuntimeError, match="there are 1 operands and the description names 0"):
         flex(PLAIN, [torch.ones(4, 6)])
     with pytest.raises(RuntimeError, match="kv_num_blocks must be int32"):
-        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0 0", [torch.ones(1, 1, 4), torch.ones(1, 1, 4, 6)])
+        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0 0 0", [torch.ones(1, 1, 4), torch.ones(1, 1, 4, 6)])
     lists = [torch.ones(1, 1, 3, dtype=torch.int32), torch.ones(1, 1, 3, 6, dtype=torch.int32)]
     with pytest.raises(RuntimeError, match="the BlockMask must cover every query position"):
-        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0 0", lists)
+        flex("0 0 0 0 1 0 1 1 -1 -1 0 0 0 0 0", lists)

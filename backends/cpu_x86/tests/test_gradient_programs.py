@@ -45,7 +45,7 @@ class Attention(ctypes.Structure):
         *((n, P) for n in ("q", "k", "v", "mask", "out", "lse")),
         *((n, I64 * 4) for n in ("q_stride", "k_stride", "v_stride", "mask_stride", "out_stride")), ("lse_stride", I64 * 3),
         *((n, P) for n in ("score_mod", "mask_mod", "blocks", "dropout", "ragged", "quantized", "workspace")), ("workspace_size", I64),
-        ("parallel", P), ("parallel_user", P),
+        ("parallel", P), ("parallel_user", P), ("max_scores", P),
     ]  # fmt: skip
 
 
@@ -286,9 +286,7 @@ def test_damaged_words_and_contributions_are_refused_or_stay_inside_what_they_we
 )
 def test_texts_that_describe_no_gradient_are_refused(text: str) -> None:
     call = Call()
-    description = (
-        f"0 0 1 1 0 0 1 1 1 -1 0 {len(programs.encode(SCORE))} {' '.join(map(str, programs.encode(SCORE)))} 0"
-    )
+    description = f"0 0 1 1 0 0 1 1 1 -1 0 0 0 {len(programs.encode(SCORE))} {' '.join(map(str, programs.encode(SCORE)))} 0"
     operands = [call.mask, call.table]
     try:
         OPS.attention_backward(

@@ -218,7 +218,7 @@ def test_a_stored_nan_behind_the_causal_limit_is_not_seen() -> None:
         assert torch.equal(before[:, :, :-1], after[:, :, :-1]) and after[:, :, -1].isnan().all()
 
 
-QUANTIZED = "2 0 0 0 0 0 1 1 -1 -1 0 1 0 0"
+QUANTIZED = "2 0 0 0 0 0 1 1 -1 -1 0 1 0 0 0"
 
 
 @pytest.mark.parametrize(

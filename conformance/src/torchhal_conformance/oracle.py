@@ -30,8 +30,8 @@ def attention(
     batch: int | None = None,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, L, Ev) and LSE (B, Hq, L), computed in ``dtype``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, Hq, L, Ev), and LSE and largest score of each row (B, Hq, L), computed in ``dtype``.
 
     Args:
         query, key, value: (B, Hq, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev).
@@ -57,7 +57,8 @@ def attention(
     if mask_mod is not None:
         hidden = hidden | ~mask_mod(*place)
     scores = scores.masked_fill(hidden, -math.inf)
-    return _softmax_product(scores, v, keep, dropout_p)
+    largest = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+    return *_softmax_product(scores, v, keep, dropout_p), largest
 
 
 def _softmax_product(

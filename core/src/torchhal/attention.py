@@ -25,6 +25,7 @@ from torchhal.attention_call import (
     share_batch,
 )
 from torchhal.dense import MISSED, checked_flags, serve_dense, serve_recent
+from torchhal.errors import InvalidProblem
 
 _scope = scope.current
 
@@ -42,8 +43,9 @@ def attention(
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    return_max_scores: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """``softmax(score_mod(query @ key.T * scale) + mask) @ value``, on the best backend there is.
 
     Args:
@@ -60,11 +62,13 @@ def attention(
         enable_gqa: let each key head serve ``Hq / Hkv`` query heads.
         dropout_p: probability with which attention weights are dropped.
         return_lse: also return the natural-logarithm log-sum-exp of each row.
+        return_max_scores: also return each row's largest score, as it enters the softmax, after what else is returned; for
+            watching the growth of logits in training. No gradient reaches it.
         backend: name of the backend to use; overrides every other choice.
 
     Returns:
-        (B, Hq, L, Ev) in the query's type; with ``return_lse`` also (B, Hq, L) in float32 (float64 for
-        float64). Rows that see no key give 0 and -inf.
+        (B, Hq, L, Ev) in the query's type; with ``return_lse`` or ``return_max_scores`` a tuple of that and (B, Hq, L) in
+        float32 (float64 for float64) for each. Rows that see no key give 0, -inf and -inf.
 
     Raises:
         InvalidProblem: shapes, types or devices that mean nothing together; the message says which.
@@ -84,6 +88,7 @@ def attention(
             enable_gqa,
             dropout_p,
             return_lse,
+            return_max_scores,
             backend,
         )
     if torch.compiler.is_dynamo_compiling():
@@ -101,9 +106,11 @@ def attention(
             enable_gqa,
             dropout_p,
             return_lse,
+            return_max_scores,
             backend,
         )
-    if score_mod is None and block_mask is None and dropout_p == 0.0 and type(query) is Tensor:
+    plain = score_mod is None and block_mask is None and dropout_p == 0.0 and not return_max_scores
+    if plain and type(query) is Tensor:
         flags = checked_flags(is_causal, enable_gqa, return_lse, backend)
         if attn_mask is None and state is _scope:
             result = serve_recent(query, key, value, scale, flags)
@@ -125,6 +132,7 @@ def attention(
             enable_gqa,
             dropout_p,
             return_lse,
+            return_max_scores,
             backend,
         )
     diagnose(query, key, value, "dense", enable_gqa)
@@ -143,6 +151,7 @@ def attention(
             scale=scale,
             enable_gqa=enable_gqa,
             return_lse=return_lse,
+            return_max_scores=return_max_scores,
             backend=backend,
         )
     )
@@ -162,8 +171,9 @@ def varlen_attention(
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    return_max_scores: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Attention within each of B sequences that are packed one after the other.
 
     Args:
@@ -174,11 +184,11 @@ def varlen_attention(
         cu_seqlens_k: (B + 1,) int32, the same for keys.
         score_mod: as in :func:`attention`; ``b`` is the sequence, indices count from its start.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, False hides.
-        is_causal, scale, enable_gqa, dropout_p, return_lse, backend: as in :func:`attention`; causality is
+        is_causal, scale, enable_gqa, dropout_p, return_lse, return_max_scores, backend: as in :func:`attention`; causality is
             counted from the start of each sequence.
 
     Returns:
-        (T, Hq, Ev), and with ``return_lse`` (T, Hq).
+        (T, Hq, Ev), and (T, Hq) for each of ``return_lse`` and ``return_max_scores``.
 
     Raises:
         InvalidProblem, Unsupported: as in :func:`attention`.
@@ -199,6 +209,7 @@ def varlen_attention(
             enable_gqa,
             dropout_p,
             return_lse,
+            return_max_scores,
             backend,
         )
     functions = Functions(capture_score_mod(score_mod, query, key, value), capture_mask_mod(mask_mod))
@@ -219,6 +230,7 @@ def varlen_attention(
             scale,
             enable_gqa,
             return_lse,
+            return_max_scores,
             backend,
         )
     )
@@ -239,8 +251,9 @@ def paged_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    return_max_scores: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Attention over keys and values that live in pages, as inference servers keep them.
 
     Args:
@@ -256,10 +269,10 @@ def paged_attention(
         score_mod: as in :func:`attention`; ``kv_idx`` and ``q_idx`` are positions in the sequence.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, False hides.
         is_causal: hide keys after the query's position in the sequence.
-        scale, enable_gqa, return_lse, backend: as in :func:`attention`.
+        scale, enable_gqa, return_lse, return_max_scores, backend: as in :func:`attention`.
 
     Returns:
-        (B, Hq, L, Ev), and with ``return_lse`` (B, Hq, L).
+        (B, Hq, L, Ev), and (B, Hq, L) for each of ``return_lse`` and ``return_max_scores``.
 
     Raises:
         InvalidProblem, Unsupported: as in :func:`attention`.
@@ -281,6 +294,7 @@ def paged_attention(
             scale,
             enable_gqa,
             return_lse,
+            return_max_scores,
             backend,
         )
     functions = Functions(
@@ -310,6 +324,7 @@ def paged_attention(
             scale,
             enable_gqa,
             return_lse,
+            return_max_scores,
             backend,
         )
     )
@@ -336,4 +351,10 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 def _context_parallel(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
     from torchhal.context_parallel import AttentionArguments
 
-    return scope.active_context_parallel().attention(AttentionArguments(*arguments))  # type: ignore[no-any-return]
+    given = AttentionArguments(*arguments)
+    if given.return_max_scores:
+        raise InvalidProblem(
+            "return_max_scores is not computed across ranks, each of which sees a part of the keys; leave it out inside "
+            "context_parallel"
+        )
+    return scope.active_context_parallel().attention(given)  # type: ignore[no-any-return]

@@ -48,6 +48,7 @@ class Call(NamedTuple):
     scale: float | None = None
     enable_gqa: bool = False
     return_lse: bool = False
+    return_max_scores: bool = False
     backend: str | None = None
     strict: bool | None = None
     or_torch: bool = False
@@ -73,7 +74,7 @@ def choose(call: Call) -> Selected:
     return select(build_problem(call), call.backend, strict=call.strict, or_torch=call.or_torch)
 
 
-def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
+def run(call: Call) -> Tensor | tuple[Tensor, ...]:
     """Serve a call of any layout: directly, or through an operator when the tensors are being traced."""
     selected = choose(call)
     selected.record()
@@ -82,12 +83,19 @@ def run(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     if is_traced(call.query) and not selected.plan.traceable:
         from torchhal import ops_families
 
-        return ops_families.attention(selected.route, call, scale)
+        return _asked_for(call, ops_families.attention(selected.route, call, scale))
     try:
-        return selected.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)  # type: ignore[no-any-return]
+        results = selected.run(call.query, call.key, call.value, call.attn_mask, scale, call.operands)
     except Exception as error:
         blame(error, selected.route.chosen)
         raise
+    return _asked_for(call, results)
+
+
+def _asked_for(call: Call, results: Any) -> Tensor | tuple[Tensor, ...]:
+    """A plan's results without the LSE that comes before row maxima, where the caller did not ask for it."""
+    kept: Tensor | tuple[Tensor, ...] = results
+    return (kept[0], kept[2]) if call.return_max_scores and not call.return_lse else kept
 
 
 def build_problem(call: Call) -> AttentionProblem:
@@ -121,7 +129,8 @@ def build_problem(call: Call) -> AttentionProblem:
         head_size=int(query.shape[-1]),
         value_head_size=int(value.shape[-1]),
         is_causal=call.is_causal,
-        return_lse=call.return_lse,
+        return_lse=call.return_lse or call.return_max_scores,
+        return_max_scores=call.return_max_scores,
         mask_dtype=None if call.attn_mask is None else call.attn_mask.dtype,
         score_mod=None if score is None else score.graph,
         mask_mod=None if mask is None else mask.graph,
@@ -149,7 +158,8 @@ def _features(call: Call, operands: AttentionOperands) -> list[str]:
         "additive_mask": mask is not None and mask.dtype is not torch.bool,
         "gqa": query.shape[heads] != key.shape[heads],
         "value_head_size": query.shape[-1] != value.shape[-1],
-        "lse": call.return_lse,
+        "lse": call.return_lse or call.return_max_scores,
+        "max_scores": call.return_max_scores,
         "score_mod": call.functions.score_mod is not None,
         "mask_mod": call.functions.mask_mod is not None or call.block_size is not None,
         "captured_tensors": bool(captured),

@@ -30,6 +30,8 @@ class AttentionClaims:
     """May the head size of values differ from that of queries and keys?"""
     lse: bool = False
     """Can the natural-logarithm log-sum-exp of each row be returned?"""
+    max_scores: bool = False
+    """Is each row's largest score, as it enters the softmax, returned after the LSE, and -inf where a row sees no key?"""
     score_mod: bool = False
     """Is a captured function applied to each score, in float32?"""
     mask_mod: bool = False

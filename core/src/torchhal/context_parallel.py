@@ -43,6 +43,7 @@ class AttentionArguments:
     enable_gqa: bool = False
     dropout_p: float = 0.0
     return_lse: bool = False
+    return_max_scores: bool = False
     backend: str | None = None
 
 

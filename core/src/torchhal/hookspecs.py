@@ -84,8 +84,8 @@ def torchhal_backend() -> BackendInfo:
 def torchhal_attention(problem: AttentionProblem) -> Plan | Decline | None:
     """Can you compute this attention?
 
-    ``Plan.run(query, key, value, attn_mask, scale, operands)`` returns ``out``, or ``(out, lse)`` when
-    ``problem.return_lse``. Shapes by ``problem.layout``:
+    ``Plan.run(query, key, value, attn_mask, scale, operands)`` returns ``out``, ``(out, lse)`` when
+    ``problem.return_lse``, or ``(out, lse, max_scores)`` when ``problem.return_max_scores``. Shapes by ``problem.layout``:
 
     ========  ================================  =====================================================
     layout    query; key, value                 ``operands`` (:class:`torchhal.operands.AttentionOperands`)

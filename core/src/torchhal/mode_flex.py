@@ -42,16 +42,17 @@ def flex_attention(
 ) -> Any:
     """Serve a flex_attention call, or hand it to torch.
 
-    Torch keeps calls that ask for row maxima or for one of its own kernels by name, and those for which no
-    backend but the reference claims what the call needs.
+    Torch keeps calls that ask for one of its own kernels by name, and those for which no backend but the reference
+    claims what the call needs.
     """
     rows, columns, mask_mod = block_mask[-3:]
     score_mod = None if score_mod is _identity else score_mod
     masked = not (rows == _NO_BLOCKS and columns == _NO_BLOCKS and mask_mod is noop_mask)
     wants_lse = bool(options.get("OUTPUT_LOGSUMEXP", False))
-    features = _features(query, key, value, score_mod is not None, masked, wants_lse)
+    wants_maxima = bool(options.get("OUTPUT_MAX", False))
+    features = _features(query, key, value, score_mod is not None, masked, wants_lse, wants_maxima)
     autocast = torch.is_autocast_enabled(query.device.type)
-    special = autocast or options.get("OUTPUT_MAX", False) or options.get("BACKEND", "AUTO") != "AUTO"
+    special = autocast or options.get("BACKEND", "AUTO") != "AUTO"
     if special or not improvable(
         mode.backend, query.device, query.dtype, features, scope.current.state is scope.current
     ):
@@ -65,12 +66,13 @@ def flex_attention(
         scale=scale,
         enable_gqa=True,
         return_lse=wants_lse,
+        return_max_scores=wants_maxima,
         backend=mode.backend,
     )
+    out, *rows = result if isinstance(result, tuple) else (result,)
     nothing = query.new_empty(0, dtype=score_dtype(query.dtype))
-    if wants_lse:
-        return result[0], result[1] * _LOG2E, nothing
-    return result, nothing, nothing
+    lse = rows.pop(0) * _LOG2E if wants_lse else nothing
+    return out, lse, rows.pop(0) * _LOG2E if wants_maxima else nothing
 
 
 class _BlockMask(BlockMask):
@@ -83,14 +85,18 @@ class _BlockMask(BlockMask):
         self.mask_mod = parts[-1]
 
 
-def _features(query: Tensor, key: Tensor, value: Tensor, modified: bool, masked: bool, lse: bool) -> str:
+def _features(
+    query: Tensor, key: Tensor, value: Tensor, modified: bool, masked: bool, lse: bool, maxima: bool
+) -> str:
     names = []
     if modified:
         names.append("score_mod")
     if masked:
         names.append("mask_mod")
-    if lse:
+    if lse or maxima:
         names.append("lse")
+    if maxima:
+        names.append("max_scores")
     if query.shape[1] != key.shape[1]:
         names.append("gqa")
     if query.shape[-1] != value.shape[-1]:

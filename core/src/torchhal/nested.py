@@ -15,8 +15,9 @@ _HOW = "make one with torch.nested.nested_tensor([...], layout=torch.jagged), ea
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, attn_mask: Tensor | None, is_causal: bool,
-    scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool,
+    return_max_scores: bool, backend: str | None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Serve a call whose query is nested.
 
     Args:
@@ -24,10 +25,10 @@ def attention(
             and value share their lengths, which may differ from the query's.
         block_mask: has to be None: its blocks are for one common length.
         attn_mask: has to be None.
-        score_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend: as in :func:`torchhal.attention`.
+        score_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, return_max_scores, backend: as in :func:`torchhal.attention`.
 
     Returns:
-        Nested, ragged as the query: (B, H, lengths, Ev), and with ``return_lse`` (B, H, lengths).
+        Nested, ragged as the query: (B, H, lengths, Ev), and (B, H, lengths) for each of ``return_lse`` and ``return_max_scores``.
 
     Raises:
         InvalidProblem: a tensor is not nested in this way, or a mask of one common shape was given.
@@ -47,6 +48,7 @@ def attention(
         scale,
         enable_gqa,
         return_lse,
+        return_max_scores,
         backend,
     )
     return repack(run(call), query)  # type: ignore[no-any-return]
@@ -81,7 +83,7 @@ def unpack(
 def repack(result: Any, query: Tensor) -> Any:
     """Packed results ragged again as the query is."""
     if isinstance(result, tuple):
-        return _nested(result[0], query), _nested(result[1], query)
+        return tuple(_nested(part, query) for part in result)
     return _nested(result, query)
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------- attention
 
 
-def attention(route: Route, given: Call, scale: float) -> Tensor | tuple[Tensor, Tensor]:
-    """Record an attention call as one operator."""
+def attention(route: Route, given: Call, scale: float) -> Tensor | tuple[Tensor, ...]:
+    """Record an attention call as one operator; the results are those of the plan."""
     named = [("query", given.query), ("key", given.key), ("value", given.value)]
     if given.attn_mask is not None:
         named.append(("attn_mask", given.attn_mask))
@@ -37,7 +37,7 @@ def attention(route: Route, given: Call, scale: float) -> Tensor | tuple[Tensor,
         "dropout_p": operands.dropout_p,
     }
     results = call(route, [tensor for _, tensor in named], description)
-    return (results[0], results[1]) if given.return_lse else results[0]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _run_attention(
@@ -59,18 +59,20 @@ def _run_attention(
     return result if problem.return_lse else (result,)
 
 
-def attention_shapes(query: Tensor, key: Tensor, value: Tensor, return_lse: bool) -> list[Tensor]:
-    """Uninitialised results: ``out`` and a contiguous LSE."""
-    out = empty_output(query, value)
-    if not return_lse:
-        return [out]
-    return [out, query.new_empty(query.shape[:-1], dtype=score_dtype(query.dtype, key.dtype, value.dtype))]
+def attention_shapes(query: Tensor, key: Tensor, value: Tensor, rows: int) -> list[Tensor]:
+    """Uninitialised results: ``out``, and as many contiguous tensors with a number for each row."""
+    dtype = score_dtype(query.dtype, key.dtype, value.dtype)
+    return [
+        empty_output(query, value),
+        *(query.new_empty(query.shape[:-1], dtype=dtype) for _ in range(rows)),
+    ]
 
 
 def _attention_shapes(
     problem: AttentionProblem, tensors: Sequence[Tensor], description: Description
 ) -> list[Tensor]:
-    return attention_shapes(tensors[0], tensors[1], tensors[2], problem.return_lse)
+    rows = problem.return_lse + problem.return_max_scores
+    return attention_shapes(tensors[0], tensors[1], tensors[2], rows)
 
 
 # ---------------------------------------------------------------------------- matmul

@@ -285,7 +285,7 @@ class PagedKVCache:
 
     def attention(
         self, query: Tensor, sequences: Sequence[int], **options: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """:func:`torchhal.paged_attention` over the tokens of some sequences.
 
         Args:
@@ -294,7 +294,7 @@ class PagedKVCache:
             options: keywords of :func:`torchhal.paged_attention`: ``is_causal``, ``enable_gqa``, ``backend``, ...
 
         Returns:
-            (B, Hq, L, Ev), and with ``return_lse`` (B, Hq, L).
+            (B, Hq, L, Ev), and (B, Hq, L) for each of ``return_lse`` and ``return_max_scores``.
 
         Raises:
             InvalidProblem: an id that is not in use, or as in :func:`torchhal.paged_attention`.

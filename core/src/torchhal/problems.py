@@ -111,6 +111,8 @@ class AttentionProblem(Problem):
     value_head_size: int = 64
     is_causal: bool = False
     return_lse: bool = False
+    return_max_scores: bool = False
+    """Whether row maxima come after the LSE, which is then asked for too."""
     mask_dtype: torch.dtype | None = None
     """Type of ``attn_mask`` (bool: True takes part; floating: added to the scaled score), None without one."""
     score_mod: Graph | None = None

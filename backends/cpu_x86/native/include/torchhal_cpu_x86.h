@@ -141,6 +141,7 @@ typedef struct thal_attention {
   int64_t workspace_size;
   thal_parallel parallel; /* may be null when num_threads == 1 */
   void* parallel_user;
+  void* max_scores; /* optional: the largest score of each row, -inf for fully masked rows; type and strides of lse */
 } thal_attention;
 
 /* What the gradient of a score_mod adds to the gradient of a tensor it captures, for every pair of query and key. */

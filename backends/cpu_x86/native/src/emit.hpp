@@ -1,9 +1,8 @@
 // Writing finished rows: normalised into the output tensor, or as they are into a partial result of a split tile.
 #pragma once
 
-#include <math.h>
-
 #include "pack.hpp"
+#include "row_state.hpp"
 
 namespace {
 
@@ -13,20 +12,14 @@ T* partial_sums(const Item& it) {
   return reinterpret_cast<T*>(it.partial);
 }
 
-inline float natural_log(float x) { return ::logf(x); }
-inline double natural_log(double x) { return ::log(x); }
-
 template <class T>
 inline void emit_state(const Plan& p, const Item& it, int64_t i, T max, T sum) {
   if (it.partial) {
     T* maxima = partial_sums<T>(it) + p.tile_rows * p.call.Ev;
     maxima[i] = max;
     maxima[p.tile_rows + i] = sum;
-  } else if (p.call.lse) {
-    const int64_t row = it.row0 + i, l = row / p.group, h = it.kv_head * p.group + row % p.group;
-    const auto* s = p.call.lse_stride;
-    static_cast<T*>(p.call.lse)[it.sequence.lse + h * s[1] + l * s[2]] =
-        sum == T(0) ? -kInf : max * static_cast<T>(p.lse_factor) + natural_log(sum);
+  } else {
+    store_row_state(p, it, i, max, sum);
   }
 }
 

@@ -22,6 +22,7 @@ struct Description {
   int64_t score_captured, mask_captured;  // -1: there is no such function
   int64_t dropout;                        // bits of the probability as a double, 0 without dropout
   int64_t quantized;                      // pages alone: stored numbers and their scales
+  int64_t return_max_scores;
   std::vector<int64_t> score_words, mask_words;
 };
 
@@ -46,10 +47,10 @@ inline bool parse_numbers(const char* text, size_t size, std::vector<int64_t>& o
 
 inline bool parse(const char* text, size_t size, Description& d) {
   std::vector<int64_t> words;
-  if (!parse_numbers(text, size, words) || words.size() < 14) return false;
+  if (!parse_numbers(text, size, words) || words.size() < 15) return false;
   int64_t* const fields[] = {&d.layout,          &d.is_causal,  &d.return_lse, &d.has_mask,       &d.has_blocks,
                              &d.has_full_blocks, &d.block_rows, &d.block_keys, &d.score_captured, &d.mask_captured,
-                             &d.dropout,         &d.quantized};
+                             &d.dropout,         &d.quantized,  &d.return_max_scores};
   size_t at = 0;
   for (int64_t* field : fields) *field = words[at++];
   for (std::vector<int64_t>* program : {&d.score_words, &d.mask_words}) {

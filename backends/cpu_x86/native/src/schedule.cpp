@@ -6,6 +6,7 @@
 #include <new>
 
 #include "plan.hpp"
+#include "row_state.hpp"
 #include "tasks.hpp"
 
 namespace thal {
@@ -76,9 +77,7 @@ void merge_row(const Plan& p, int64_t i, const Item& it, T* sums) {
   const T inverse = total == T(0) ? T(0) : static_cast<T>(p.kept()) / total;
   const int64_t at = it.sequence.out + h * c.out_stride[1] + l * c.out_stride[2];
   for (int64_t e = 0; e < c.Ev; ++e) store(c.dtype, c.out, at + e * c.out_stride[3], sums[e] * inverse);
-  if (c.lse)
-    static_cast<T*>(c.lse)[it.sequence.lse + h * c.lse_stride[1] + l * c.lse_stride[2]] =
-        total == T(0) ? -inf : safe * static_cast<T>(p.lse_factor) + std::log(total);
+  store_row_state(p, it, i, safe, total);
 }
 
 template <class T>

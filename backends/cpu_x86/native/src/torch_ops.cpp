@@ -156,11 +156,11 @@ const Operator kOperators[] = {
      kernel<true, true>},
     {"flex_attention",
      "flex_attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale)"
-     " -> (Tensor, Tensor)",
+     " -> (Tensor, Tensor, Tensor)",
      thal::flex_attention_kernel},
     {"differentiable_attention",
      "differentiable_attention(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale,"
-     " str gradient) -> (Tensor, Tensor)",
+     " str gradient) -> (Tensor, Tensor, Tensor)",
      thal::differentiable_attention_kernel},
     {"attention_backward",
      "attention_backward(Tensor query, Tensor key, Tensor value, Tensor[] operands, str description, float scale,"

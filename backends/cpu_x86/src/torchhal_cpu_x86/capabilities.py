@@ -29,6 +29,7 @@ CAPABILITIES: Final = Capabilities(
         gqa=True,
         value_head_size=True,
         lse=True,
+        max_scores=True,
         score_mod=True,
         mask_mod=True,
         captured_tensors=True,

@@ -27,6 +27,7 @@ def is_needed(problem: AttentionProblem) -> bool:
         gradients.are_wanted(problem)
         or functions
         or problem.dropout
+        or problem.return_max_scores
         or problem.block_size is not None
         or problem.layout != "dense"
     )
@@ -36,6 +37,7 @@ def runner(problem: AttentionProblem) -> Run:
     """The ``run`` of a plan: the operator with what the problem fixes bound."""
     described: dict[tuple[bool, bool, float], str] = {}
     plain = torch.ops.torchhal_cpu_x86.flex_attention.default
+    wanted = 1 + problem.return_lse + problem.return_max_scores
     attend = _differentiable(problem) if gradients.are_wanted(problem) else plain
 
     def run(
@@ -54,11 +56,11 @@ def runner(problem: AttentionProblem) -> Run:
             text = described[kind] = _description(problem, *kind)
         tensors = _tensors(attn_mask, given)
         try:
-            out, lse = attend(query, key, value, tensors, text, scale)
+            results = attend(query, key, value, tensors, text, scale)
         except RuntimeError:
             _blame_data(Piece(query, key, value, attn_mask), given)
             raise
-        return (out, lse) if problem.return_lse else out
+        return tuple(results[:wanted]) if wanted > 1 else results[0]
 
     return gradients.outside_transforms(run, problem) if gradients.are_wanted(problem) else run
 
@@ -84,6 +86,7 @@ def _description(problem: AttentionProblem, has_blocks: bool, has_full_blocks: b
     ]
     numbers += [has_blocks, has_full_blocks, rows, keys, _captured(score), _captured(mask)]
     numbers += [programs.double_bits(dropout_p) if problem.dropout else 0, problem.key_scale is not None]
+    numbers += [problem.return_max_scores]
     for graph in (score, mask):
         words = programs.encode(graph) if graph is not None else ()
         numbers += [len(words), *words]

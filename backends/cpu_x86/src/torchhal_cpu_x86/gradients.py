@@ -114,13 +114,17 @@ def register() -> None:
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, operands, *ctx.rest = inputs
-    ctx.save_for_backward(query, key, value, *operands, *output)
+    out, lse, max_scores = output
+    ctx.save_for_backward(query, key, value, *operands, out, lse)
+    ctx.mark_non_differentiable(max_scores)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_max_scores: Tensor | None
+) -> tuple[Any, ...]:
     query, key, value, *operands, out, lse = ctx.saved_tensors
     description, scale, text = ctx.rest
     nothing: list[Tensor | None] = [None] * len(operands)

@@ -98,12 +98,15 @@ def _fake_flex(
     description: str,
     scale: float,
     gradient: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _check_devices(query, key, value, operands)
-    has_lse = int(description.split(" ", 3)[2])
-    return empty_output(query, value), query.new_empty(
-        query.shape[:-1] if has_lse else (0,), dtype=score_dtype(query.dtype)
+    numbers = description.split(" ", 13)
+    asked = (int(numbers[2]), int(numbers[12]))
+    rows = (
+        query.new_empty(query.shape[:-1] if wanted else (0,), dtype=score_dtype(query.dtype))
+        for wanted in asked
     )
+    return empty_output(query, value), *rows
 
 
 def _register_fakes() -> None:

@@ -143,7 +143,7 @@ def _shard_results(
 
 def _truth(variant: Variant, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     leaves = [t.to(dtype).requires_grad_() for t in tensors[:3]]
-    out, lse = oracle.attention(*leaves, dtype=dtype, scale=SIZE**-0.5, is_causal=variant.causal)
+    out, lse, _ = oracle.attention(*leaves, dtype=dtype, scale=SIZE**-0.5, is_causal=variant.causal)
     gradients = torch.autograd.grad([out, lse], leaves, [t.to(dtype) for t in tensors[3:]])
     return [out.detach(), lse.detach(), *gradients]
 

@@ -36,6 +36,7 @@ ASK: Final[Mapping[str, Mapping[str, Any]]] = {
     "gqa": {"query_heads": 4, "key_heads": 2},
     "value_head_size": {"value_head_size": 32},
     "lse": {"return_lse": True},
+    "max_scores": {"return_lse": True, "return_max_scores": True},
     "dropout": {"dropout": True},
 }
 """Fields that a problem with the feature has, for features that need no captured function."""

@@ -44,6 +44,7 @@ class Call:
     block: int = 0
     """Block size of a BlockMask made of ``mask_mod``; 0: none."""
     lse: bool = False
+    maxima: bool = False
     sink: bool = False
     """Whether a learned logit for each head joins the softmax by :func:`torchhal.merge_attention`."""
     gradient: str = ""
@@ -71,7 +72,9 @@ class Call:
         words = [self.layout, str(self.dtype).removeprefix("torch.")]
         if self.key_dtype is not None:
             words.append("key_" + str(self.key_dtype).removeprefix("torch."))
-        words += ["causal"] * self.causal + ["lse"] * self.lse + ["sink"] * self.sink
+        words += (
+            ["causal"] * self.causal + ["lse"] * self.lse + ["maxima"] * self.maxima + ["sink"] * self.sink
+        )
         for label, value in (("mask", self.mask), ("mod", self.score_mod), ("see", self.mask_mod)):
             words += [f"{label}_{value.replace(':', '_')}"] if value else []
         words += [f"block{self.block}"] if self.block else []
@@ -92,7 +95,8 @@ class Call:
             "additive_mask": self.mask.startswith("additive"),
             "gqa": self.heads != self.kv_heads,
             "value_head_size": self.size != self.value_size,
-            "lse": self.lse or self.sink,
+            "lse": self.lse or self.maxima or self.sink,
+            "max_scores": self.maxima,
             "score_mod": bool(self.score_mod),
             "mask_mod": bool(self.mask_mod),
             "captured_tensors": any(mod.captured is not None for mod in mods),
@@ -229,6 +233,7 @@ def _call(call: Call, backend: str, inputs: Inputs) -> Outputs:
         "scale": call.scale,
         "enable_gqa": call.heads != call.kv_heads,
         "return_lse": call.lse or call.sink,
+        "return_max_scores": call.maxima,
         "backend": backend,
         "score_mod": functions.get("score_mod"),
         **{name: inputs[name] for name in ("key_scale", "value_scale") if name in inputs},
@@ -279,27 +284,21 @@ def _evaluate(call: Call, inputs: Inputs, dtype: torch.dtype, scale_first: bool 
     functions: dict[str, Any] = {
         name: mod.over(_wide(inputs.get(f"{name}_tensor"), dtype)) for name, mod in _mods(call).items()
     }
-    parts = _sequences(call, inputs)
-    outs, lses = [], []
-    for part in parts:
+    found = []
+    for part in _sequences(call, inputs):
         query = part["query"].to(dtype) * call.factor if scale_first else part["query"]
-        out, lse = oracle.attention(
+        results = oracle.attention(
             query, part["key"], part["value"], dtype=dtype, scale=1.0 if scale_first else call.factor,
             is_causal=call.causal, mask=inputs.get("mask"), first_query=part["first"], batch=part["batch"],
             keep=_keep(call, inputs, part), dropout_p=call.dropout, **functions,
         )  # fmt: skip
-        outs.append(out)
-        lses.append(lse)
-    if call.layout == "varlen":
-        out = torch.cat([o[0].transpose(0, 1) for o in outs])
-        lse = torch.cat([t[0].transpose(0, 1) for t in lses])
-    else:
-        out, lse = torch.cat(outs), torch.cat(lses)
+        found.append([t[0].transpose(0, 1) for t in results] if call.layout == "varlen" else results)
+    out, lse, largest = (torch.cat(parts) for parts in zip(*found, strict=True))
     if call.sink:
         logit = inputs["sink"].to(dtype)
         whole = torch.logaddexp(lse, logit if call.layout == "varlen" else logit[:, None])
         out, lse = out * torch.exp(lse - whole).unsqueeze(-1), whole
-    return (out, lse) if call.lse else (out,)
+    return out, *([lse] if call.lse else []), *([largest] if call.maxima else [])
 
 
 def _keep(call: Call, inputs: Inputs, part: dict[str, Any]) -> Tensor | None:
@@ -361,8 +360,8 @@ def _plain(call: Call, inputs: Inputs) -> Outputs:
     exact = _evaluate(call, inputs, torch.float64)
     evaluations = [_evaluate(call, inputs, call.dtype, first) for first in (False, True)]
     worst = list(oracle.worst_of(evaluations, exact))
-    if call.lse and call.dtype is not torch.float64:  # an LSE is float32 whatever the inputs
-        worst[1] = _evaluate(call, inputs, torch.float32)[1]
+    if call.dtype is not torch.float64:  # an LSE and a maximum are float32 whatever the inputs
+        worst[1:] = _evaluate(call, inputs, torch.float32)[1:]
     return tuple(worst)
 
 

@@ -37,9 +37,9 @@ def outputs(change: Callable[..., Any], when: Callable[[Any], bool] = lambda p: 
             found = run(*given)
             if not when(problem):
                 return found
-            out, lse = found if problem.return_lse else (found, None)
+            out, lse, *rest = found if problem.return_lse else (found, None)
             out, lse = change(problem, out, lse, *given)
-            return (out, lse) if problem.return_lse else out
+            return (out, lse, *rest) if problem.return_lse else out
 
         return faulty
 
@@ -126,6 +126,19 @@ def _unstable(run: Run, problem: Any) -> Run:
 
 def _lse_without_maximum(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
     return out, None if lse is None else lse - lse.detach().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _maxima(change: Callable[[Tensor, float], Tensor]) -> Change:
+    """A fault in the row maxima: ``change(maxima, scale)``."""
+
+    def make(run: Run, problem: Any) -> Run:
+        def faulty(q: Any, k: Any, v: Any, mask: Any, scale: float, operands: Any) -> Any:
+            *rest, maxima = run(q, k, v, mask, scale, operands)
+            return (*rest, change(maxima, scale))
+
+        return faulty if problem.return_max_scores else run
+
+    return make
 
 
 def _lse_in_bits(p: Any, out: Tensor, lse: Any, *given: Any) -> Any:
@@ -269,6 +282,16 @@ MUTANTS: Final = (
         "the LSE is a logarithm to base 2",
         (*NUMBERS, "attention.merge"),
         outputs(_lse_in_bits),
+    ),
+    _m(
+        "maxima_in_bits", "row maxima are in base 2", NUMBERS, _maxima(lambda m, scale: m * math.log2(math.e))
+    ),
+    _m("maxima_unscaled", "row maxima lack the scale", NUMBERS, _maxima(lambda m, scale: m / scale)),
+    _m(
+        "maxima_of_nothing",
+        "a row that sees no key has a maximum of 0",
+        NUMBERS,
+        _maxima(lambda m, scale: m.masked_fill(torch.isneginf(m), 0.0)),
     ),
     _m("lse_narrow", "the LSE is bfloat16", NUMBERS, outputs(_lse_narrow)),
     _m("causal_off_by_one", "the causal limit hides the diagonal", NUMBERS, _causal(lambda rows, keys: -1)),

@@ -42,7 +42,7 @@ def _random(run: Run, problem: Any) -> Run:
         out = found[0] if problem.return_lse else found
         if next(numbers) % 3 == 2:
             out = out * (1.0 + 2.0 * torch.finfo(out.dtype).eps)
-        return (out, found[1]) if problem.return_lse else out
+        return (out, *found[1:]) if problem.return_lse else out
 
     return faulty
 
@@ -63,7 +63,7 @@ def _unwritten(run: Run, problem: Any) -> Run:
             return found
         memory = torch.empty_like(out, memory_format=torch.contiguous_format)
         memory.view(-1)[1:] = out.reshape(-1)[1:]
-        return (memory, found[1]) if problem.return_lse else memory
+        return (memory, *found[1:]) if problem.return_lse else memory
 
     return faulty
 
@@ -77,9 +77,11 @@ def _unwritten_memo(run: Run, problem: Any) -> Run:
         key = (q.data_ptr(), q.shape)
         out = found[0] if problem.return_lse else found
         if key in seen and out.numel() and not out.requires_grad:
+            count = len(found) if problem.return_lse else 1
             del found
             out = torch.empty(out.shape, dtype=out.dtype)
-            return (out, torch.empty(out.shape[:-1])) if problem.return_lse else out
+            rows = [torch.empty(out.shape[:-1]) for _ in range(count - 1)]
+            return (out, *rows) if rows else out
         seen.add(key)
         return found
 

@@ -33,13 +33,23 @@ _INDICES = [(torch.int32, False)] * 4
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: BlockMask | None, attn_mask: Tensor | None,
-    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool,
+    return_max_scores: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.attention`."""
     if query.is_nested:
         packed = nested.unpack(query, key, value, attn_mask, block_mask)
         result = varlen_attention(
-            *packed, score_mod, None, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
+            *packed,
+            score_mod,
+            None,
+            is_causal,
+            scale,
+            enable_gqa,
+            dropout_p,
+            return_lse,
+            return_max_scores,
+            backend,
         )
         return nested.repack(result, query)
     tensors = {"query": query, "key": key, "value": value}
@@ -62,6 +72,7 @@ def attention(
         enable_gqa,
         dropout_p,
         return_lse,
+        return_max_scores,
         backend,
         block_size,
     )
@@ -74,14 +85,15 @@ def scaled_dot_product_attention(settings: Settings, given: Arguments) -> Any:
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
     return _record(
-        "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, settings.backend, None, True,
+        "dense", tensors, None, None, is_causal, scale, enable_gqa, 0.0, False, False, settings.backend, None, True,
         settings.strict,
     )  # fmt: skip
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, score_mod: Any, mask_mod: Any,
-    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool, dropout_p: float, return_lse: bool,
+    return_max_scores: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.varlen_attention`."""
     tensors = {
@@ -92,14 +104,25 @@ def varlen_attention(
         "cu_seqlens_k": cu_seqlens_k,
     }
     return _record(
-        "varlen", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, dropout_p, return_lse, backend
+        "varlen",
+        tensors,
+        score_mod,
+        mask_mod,
+        is_causal,
+        scale,
+        enable_gqa,
+        dropout_p,
+        return_lse,
+        return_max_scores,
+        backend,
     )
 
 
 def paged_attention(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, seq_lens: Tensor, key_scale: Tensor | None,
     value_scale: Tensor | None, score_mod: Any, mask_mod: Any, is_causal: bool, scale: float | None, enable_gqa: bool,
-    return_lse: bool, backend: str | None,
+    return_lse: bool,
+    return_max_scores: bool, backend: str | None,
 ) -> Any:  # fmt: skip
     """The traced form of :func:`torchhal.paged_attention`."""
     tensors = {
@@ -114,13 +137,24 @@ def paged_attention(
     if value_scale is not None:
         tensors["value_scale"] = value_scale
     return _record(
-        "paged", tensors, score_mod, mask_mod, is_causal, scale, enable_gqa, 0.0, return_lse, backend
+        "paged",
+        tensors,
+        score_mod,
+        mask_mod,
+        is_causal,
+        scale,
+        enable_gqa,
+        0.0,
+        return_lse,
+        return_max_scores,
+        backend,
     )
 
 
 def _record(
     layout: str, tensors: dict[str, Tensor], score_mod: Any, mask_mod: Any, is_causal: bool, scale: float | None,
-    enable_gqa: bool, dropout_p: float, return_lse: bool, backend: str | None,
+    enable_gqa: bool, dropout_p: float, return_lse: bool,
+    return_max_scores: bool, backend: str | None,
     block_size: tuple[int, int] | None = None, or_torch: bool = False, strict: bool | None = None,
 ) -> Any:  # fmt: skip
     functions = []
@@ -140,20 +174,22 @@ def _record(
     call = describe(
         family="attention", layout=layout, tensors=list(tensors), has_score_mod=score_mod is not None,
         has_mask_mod=mask_mod is not None, is_causal=is_causal, enable_gqa=enable_gqa,
-        return_lse=return_lse, backend=backend, or_torch=or_torch, strict=strict,
+        return_lse=return_lse, return_max_scores=return_max_scores, backend=backend, or_torch=or_torch, strict=strict,
         scoped=None if state is scope.current else state.backend,
     )  # fmt: skip
     # A symbolic scale that a function closes over too would be lifted into the body under this node's feet.
     own_scale = None if scale is None else scale * 1.0
     results = record(call, (own_scale, block_size, dropout_p), list(tensors.values()), functions)
-    return (results[0], results[1]) if return_lse else results[0]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _shapes(
     call: Description, tensors: Sequence[Tensor], outputs: Sequence[Tensor], counts: Sequence[int]
 ) -> list[Tensor]:
     named = dict(zip(call["tensors"], tensors, strict=True))
-    return attention_shapes(named["query"], named["key"], named["value"], call["return_lse"])
+    return attention_shapes(
+        named["query"], named["key"], named["value"], call["return_lse"] + call["return_max_scores"]
+    )
 
 
 def _run(
@@ -186,6 +222,7 @@ def _run(
             scale,
             call["enable_gqa"],
             call["return_lse"],
+            call["return_max_scores"],
             call["backend"],
         )
     )

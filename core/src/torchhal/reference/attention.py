@@ -36,7 +36,7 @@ from torchhal.reference.layouts import Piece, has_data, paged_pieces, varlen_pie
 from torchhal.reference.products import pair_products, weighted_sum
 from torchhal.reference.visibility import Grid, visible_pairs
 
-Result = tuple[Tensor, Tensor]
+Result = tuple[Tensor, ...]
 """Output and LSE."""
 
 _ORDINARY_SCORE: Final = 0.5
@@ -79,7 +79,8 @@ def attention(
 
     Returns:
         ``out``, of the query's shape with the value's head size and the query's dtype; or ``(out, lse)``,
-        with ``lse`` (B, Hq, L), or (T, Hq) for varlen, in float32 (float64 if an input is float64).
+        with ``lse`` (B, Hq, L), or (T, Hq) for varlen, in float32 (float64 if an input is float64); or both and, of the
+        LSE's shape and type, the largest score of each row, which has no gradient.
 
     Raises:
         InvalidProblem: lengths, pages or blocks that contradict the shapes; says which.
@@ -93,7 +94,7 @@ def attention(
     elif has_data(query):
         result = _sequence_by_sequence(problem, whole, scale, operands)
     else:
-        result = _empty_results(whole)
+        result = _empty_results(problem, whole)
     return result if problem.return_lse else result[0]
 
 
@@ -109,18 +110,18 @@ def _sequence_by_sequence(
     pieces = varlen_pieces(whole, operands) if packed else paged_pieces(whole, operands)
     results = [_attend(problem, piece, scale, operands) for piece in pieces]
     if packed:
-        results = [(out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)) for out, lse in results]
+        results = [tuple(part.squeeze(0).transpose(0, 1) for part in parts) for parts in results]
     # The empty start gives a call without a single sequence its shape and type.
-    out, lse = (tensor[:0] for tensor in _empty_results(whole))
-    return torch.cat([out, *(out for out, _ in results)]), torch.cat([lse, *(lse for _, lse in results)])
+    empty = tuple(tensor[:0] for tensor in _empty_results(problem, whole))
+    return tuple(torch.cat(parts) for parts in zip(empty, *results, strict=True))
 
 
-def _empty_results(whole: Piece) -> Result:
+def _empty_results(problem: AttentionProblem, whole: Piece) -> Result:
     """Uninitialised results: all there is to say where only shapes are known."""
     shape = whole.query.shape[:-1]
     dtype = score_dtype(whole.query.dtype, whole.key.dtype, whole.value.dtype)
     out = whole.query.new_empty((*shape, whole.value.shape[-1]))
-    return out, whole.query.new_empty(shape, dtype=dtype)
+    return out, *(whole.query.new_empty(shape, dtype=dtype) for _ in range(1 + problem.return_max_scores))
 
 
 # ---------------------------------------------------------------------------- one piece
@@ -150,7 +151,13 @@ def _attend(problem: AttentionProblem, piece: Piece, scale: float, operands: Att
     groups = key.shape[1]
     grouped_counts = None if counts is None else _group(counts, groups)
     out = weighted_sum(_group(weights, groups), grouped_counts, value)
-    return _ungroup(out, query).to(piece.query.dtype), lse
+    results = _ungroup(out, query).to(piece.query.dtype), lse
+    return (*results, _largest(scores.detach())) if problem.return_max_scores else results
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """The largest score of each row, -inf where there is none."""
+    return scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
 
 
 def _group(tensor: Tensor, groups: int) -> Tensor:
@@ -164,7 +171,7 @@ def _ungroup(tensor: Tensor, query: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], *query.shape[1:3], tensor.shape[-1])
 
 
-def _softmax(scores: Tensor, counts: Tensor | None) -> Result:
+def _softmax(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Probabilities over the last dimension and the logarithm of their sum; rows of -inf give 0 and -inf."""
     peak = _row_peak(scores.detach())
     exponentials = torch.exp(scores - peak)
@@ -211,7 +218,7 @@ def _modified(
 # ---------------------------------------------------------------------------- merging
 
 
-def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Result:
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over a union of disjoint sets of keys, from the attention over each set.
 
     Args:

@@ -45,6 +45,7 @@ ATTENTION: Final = AttentionClaims(
     gqa=True,
     value_head_size=True,
     lse=True,
+    max_scores=True,
     score_mod=True,
     mask_mod=True,
     captured_tensors=True,
