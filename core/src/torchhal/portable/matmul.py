@@ -19,7 +19,7 @@ from torchhal.problems import Decline, MatmulClaims, MatmulProblem
 from torchhal.products import packed
 from torchhal.products.graphs import Function
 from torchhal.products.packed import Operand
-from torchhal.products.product import Run
+from torchhal.products.product import Multiply, Run
 from torchhal.products.product import runner as product_runner
 
 CLAIMS: Final = MatmulClaims(
@@ -52,15 +52,15 @@ def decline(problem: MatmulProblem) -> Decline | None:
     return None if problem.packing is None else packed.decline(problem)
 
 
-def runner(problem: MatmulProblem, who: str, tuning: Tuning = PLAIN) -> Run:
+def runner(problem: MatmulProblem, who: str, multiply: Multiply | None = None) -> Run:
     """The ``run`` of a Plan, as :func:`torchhal.hookspecs.torchhal_matmul` has it. Needs Triton.
 
     Args:
         problem: what :func:`decline` lets pass.
         who: the backend, for messages.
-        tuning: what depends on the hardware.
+        multiply: a :class:`Multiplier` with what depends on the hardware, or what chooses between one and another engine.
     """
-    return product_runner(problem, who, Multiplier(tuning), are_readable)
+    return product_runner(problem, who, multiply or Multiplier(PLAIN), are_readable)
 
 
 def are_readable(tensors: Sequence[Any]) -> bool:

@@ -120,25 +120,36 @@ def far(index, stride, WIDE: tl.constexpr):
 
 @triton.jit
 def store_results(
-    total, entry, rows, cols, row_ok, col_ok, row_count, col_count, bias, bias_step, captured, outs,
-    epilogue: tl.constexpr, BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
+    total, entry, rows, first, row_ok, row_count, col_count, bias, bias_step, captured, outs,
+    epilogue: tl.constexpr, BIAS: tl.constexpr, OUTPUTS: tl.constexpr, EVEN_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, apply the epilogue, and round to each result's type."""
-    if BIAS:
-        total += tl.load(bias + cols * bias_step, mask=col_ok, other=0.0).to(tl.float32)
-    place = (entry.to(tl.int64) * row_count + rows) * col_count + cols
-    ok = row_ok & col_ok
-    if epilogue is None:
-        tl.store(outs[0] + place, total.to(outs[0].dtype.element_ty), mask=ok)
+    """Add the bias, apply the epilogue, and round to each result's type: columns from ``first`` on, in PARTS for want of registers."""
+    HEIGHT: tl.constexpr = total.shape[0]
+    WIDTH: tl.constexpr = total.shape[1]
+    if PARTS > 1:
+        left, right = tl.split(tl.permute(tl.reshape(total, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+        store_results(left, entry, rows, first, row_ok, row_count, col_count, bias, bias_step, captured, outs,
+                      epilogue, BIAS, OUTPUTS, EVEN_N, PARTS // 2)  # fmt: skip
+        store_results(right, entry, rows, first + WIDTH // 2, row_ok, row_count, col_count, bias, bias_step, captured, outs,
+                      epilogue, BIAS, OUTPUTS, EVEN_N, PARTS // 2)  # fmt: skip
     else:
-        found = epilogue(total, entry, rows, cols, captured, (True, True, row_ok, col_ok))
-        if OUTPUTS == 1:
-            value = tl.broadcast_to(found, total.shape)
-            tl.store(outs[0] + place, value.to(outs[0].dtype.element_ty), mask=ok)
+        cols = (first + tl.arange(0, WIDTH))[None, :]
+        col_ok = in_range(cols, col_count, EVEN_N)
+        if BIAS:
+            total += tl.load(bias + cols * bias_step, mask=col_ok, other=0.0).to(tl.float32)
+        place = (entry.to(tl.int64) * row_count + rows) * col_count + cols
+        ok = row_ok & col_ok
+        if epilogue is None:
+            tl.store(outs[0] + place, total.to(outs[0].dtype.element_ty), mask=ok)
         else:
-            for i in tl.static_range(OUTPUTS):
-                value = tl.broadcast_to(found[i], total.shape)
-                tl.store(outs[i] + place, value.to(outs[i].dtype.element_ty), mask=ok)
+            found = epilogue(total, entry, rows, cols, captured, (True, True, row_ok, col_ok))
+            if OUTPUTS == 1:
+                value = tl.broadcast_to(found, total.shape)
+                tl.store(outs[0] + place, value.to(outs[0].dtype.element_ty), mask=ok)
+            else:
+                for i in tl.static_range(OUTPUTS):
+                    value = tl.broadcast_to(found[i], total.shape)
+                    tl.store(outs[i] + place, value.to(outs[i].dtype.element_ty), mask=ok)
 
 
 # ---------------------------------------------------------------------------- programs
@@ -155,7 +166,7 @@ def product_kernel(
     a_prologue: tl.constexpr, b_prologue: tl.constexpr, epilogue: tl.constexpr, BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
     SPLIT: tl.constexpr, A_TILES: tl.constexpr, B_TILES: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, A_FAR: tl.constexpr, B_FAR: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ``epilogue(a_prologue(a) @ b_prologue(b) + bias)``, or of a part of its sum.
 
@@ -235,27 +246,27 @@ def product_kernel(
             first = (entry.to(tl.int64) + split * entries) * row_count
             tl.store(parts + (first + rows) * col_count + cols, total, mask=row_ok & col_ok)
         else:
-            store_results(total, entry, rows, cols, row_ok, col_ok, row_count, col_count, bias, bias_step, captured, outs,
-                          epilogue, BIAS, OUTPUTS)  # fmt: skip
+            store_results(total, entry, rows, tile_n * BLOCK_N, row_ok, row_count, col_count, bias, bias_step, captured, outs,
+                          epilogue, BIAS, OUTPUTS, EVEN_N, PARTS)  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
     parts, bias, outs, captured, bias_step, entries, row_count, col_count, tiles_m, tiles_n, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     epilogue: tl.constexpr, BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the results, from the parts of its sum, in their order."""
     number = tl.program_id(0)
     tile = number % (tiles_m * tiles_n)
     entry = number // (tiles_m * tiles_n)
-    rows = (tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    cols = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    rows = (tile // tiles_n * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = (tile % tiles_n * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     row_ok = rows < row_count
     col_ok = cols < col_count
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for split in tl.range(0, splits):
         first = (entry.to(tl.int64) + split * entries) * row_count
         total += tl.load(parts + (first + rows) * col_count + cols, mask=row_ok & col_ok, other=0.0)
-    store_results(total, entry, rows, cols, row_ok, col_ok, row_count, col_count, bias, bias_step, captured, outs,
-                  epilogue, BIAS, OUTPUTS)  # fmt: skip
+    store_results(total, entry, rows, tile % tiles_n * COLUMNS, row_ok, row_count, col_count, bias, bias_step, captured, outs,
+                  epilogue, BIAS, OUTPUTS, False, 1)  # fmt: skip

@@ -114,7 +114,7 @@ class Launcher:
             "A_TILES": a_way, "B_TILES": b_way, "EVEN_M": work.rows % tiles.rows == 0,
             "EVEN_N": work.columns % tiles.columns == 0, "EVEN_K": work.inner % inner == 0,
             "A_FAR": printer.is_wide((a,)), "B_FAR": isinstance(b, Tensor) and printer.is_wide((b,)),
-            "FLATTEN": tiles.persistent > 0, **tiles.options(),
+            "FLATTEN": tiles.persistent > 0, "PARTS": tiles.parts, **tiles.options(),
         }  # fmt: skip
         again = self.start(kernels.product_kernel, (programs,), arguments, constants)
         tensors = (*call.tensors(), parts)
@@ -126,7 +126,7 @@ class Launcher:
             arguments = (
                 parts, bias, results, captured[2], bias_step, work.entries, work.rows, work.columns, tiles_m, tiles_n, splits,
             )  # fmt: skip
-            constants = {"BLOCK_M": rows, "BLOCK_N": columns, **finish}
+            constants = {"ROWS": rows, "COLUMNS": columns, **finish}
             again = self.start(
                 kernels.finish_kernel, (tiles_m * tiles_n * work.entries,), arguments, constants
             )

@@ -45,6 +45,8 @@ class Tiles:
     """Whether operand tiles are fetched by tensor descriptors, where their memory allows it."""
     persistent: int = 0
     """Programs for each multiprocessor, which compute one tile after the other; 0 for a program for each tile."""
+    parts: int = 1
+    """Ranges of a tile's columns whose results are finished one after the other, for want of registers."""
     splits: int = 1
     """Parts of the sum at most, where tiles are too few for the device."""
 
