@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchhal.portable.matmul_weights import elements, minima, quants, scales, zeros_of
+from torchhal.portable.matmul_weights import elements, minima, quant_pairs, quants, scales, zeros_of
 
 # ---------------------------------------------------------------------------- one product of tiles
 
@@ -42,7 +42,9 @@ def add_product(
     if MODE == "half":
         total = tl.dot(x, y, total)
     elif MODE == "full":
-        total = tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision=PRECISION)
+        # Added at once, for a sum term by term over all of K is twice as far off; fused, for the compiler makes a sum of a plain "+".
+        part = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=PRECISION)
+        total = tl.fma(part, tl.full(total.shape, 1.0, tl.float32), total)
     else:
         if X_WIDE:
             x_upper = upper(x.to(tl.float32))
@@ -217,13 +219,18 @@ def product_kernel(
                 else:
                     y = tl.where(ok, elements(weight, down, cols, ok, KIND, ASYMMETRIC), 0.0)
             else:
-                whole = quants(weight, down, cols, ok, KIND)
+                if KIND == "int4":
+                    whole = quant_pairs(weight, step * BLOCK_K, cols, col_ok, inner, BLOCK_K)
+                else:
+                    whole = quants(weight, down, cols, ok, KIND)
                 if ASYMMETRIC:
-                    whole -= zeros_of(weight, step * BLOCK_K, cols, col_ok)
-                if ASYMMETRIC or KIND != "int8":  # a byte of 0 stands for another number
-                    if not EVEN_K:
-                        whole = tl.where(down_ok, whole, 0)
-                    whole = whole.to(tl.float32)
+                    zero = zeros_of(weight, step * BLOCK_K, cols, col_ok)
+                    if KIND == "int4":  # a difference of -15 to 15
+                        whole -= zero.to(tl.int8)
+                    else:
+                        whole = whole.to(tl.float32) - zero.to(tl.float32)
+                if (ASYMMETRIC or KIND != "int8") and not EVEN_K:  # a byte of 0 stands for another number
+                    whole = tl.where(down_ok, whole, 0)
                 y = whole.to(x.dtype)
             if b_prologue is not None:
                 y = transformed(y, b_prologue, entry, down, cols, b_captured, down_ok, col_ok)

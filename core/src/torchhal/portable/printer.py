@@ -37,7 +37,7 @@ _LIBRARY: Final = {
     "round": "rint",
     **{name: name for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "rsqrt", "sin", "cos", "tan", "asin", "acos",
-        "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "trunc", "fmod", "atan2",
+        "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "erfinv", "trunc", "fmod", "atan2",
     )},
 }  # fmt: skip
 """Functions of floats that the mathematics library of the device has, under the name it has there."""
@@ -58,6 +58,7 @@ _FORMS: Final = {
     "reciprocal": "arithmetic.reciprocal({0})",
     "sigmoid": "arithmetic.sigmoid({0})",
     "tanh": "arithmetic.tanh({0})",
+    "erf": "arithmetic.erf({0})",
     "floor": "tl.floor({0})",
     "ceil": "tl.ceil({0})",
     "isnan": "{0} != {0}",

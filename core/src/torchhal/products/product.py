@@ -70,8 +70,8 @@ def runner(
         if is_transformed() or not readable(_tensors(a, b, bias, captured)):
             return specification(a, b, bias, operands)  # type: ignore[no-any-return]
         right = b if isinstance(b, Tensor) else Operand.of(b)
-        if a.dim() > 2 and right.dim() == 2 and _folds(a, functions):
-            part = folded_product(product, captured, a.shape[-2])
+        if a.dim() > 2 and right.dim() == 2 and _folds(a, functions) and _gains(a, product):
+            part = folded_product(product, captured, a.shape[-2], a.device)
             outputs = serve(part.product, a.flatten(0, -2), right, bias, part.captured)
             return tuple(out.view(*a.shape[:-1], out.shape[-1]) for out in outputs)
         return serve(product, a, right, bias, captured)
@@ -150,19 +150,29 @@ def _folds(a: Tensor, functions: Functions) -> bool:
     return all(stride[i] == stride[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(len(shape) - 1))
 
 
-def folded_product(product: Product, captured: Captured, rows: int) -> _Folded:
+def _gains(a: Tensor, product: Product) -> bool:
+    """Whether the longer matrix is worth that functions work out batch and row of each element, on a processor with no cheap division."""
+    return a.device.type == "cpu" or a.shape[-2] < FEW or _fold(product) is product
+
+
+FEW: Final = 64
+"""Rows of a matrix that do not fill a tile of its own."""
+
+
+def folded_product(product: Product, captured: Captured, rows: int, device: torch.device) -> _Folded:
     """The product of a matrix whose rows are those of a batch of matrices of ``rows``."""
     found = _fold(product)
-    (a, _, epilogue), (a_folded, _, epilogue_folded) = product.functions, found.functions
-    if a is a_folded and epilogue is epilogue_folded:
+    # Equal graphs need not be the same object: what was folded for one is kept for all.
+    of_a, _, of_epilogue = (was != now for was, now in zip(product.functions, found.functions, strict=True))
+    if not (of_a or of_epilogue):
         return _Folded(found, captured)
-    count = torch.tensor(rows, dtype=torch.int32, device="cpu")
+    count = torch.full((), rows, dtype=torch.int32, device=device)  # which a device graph can hold
     return _Folded(
         found,
         Captured(
-            captured.a if a is a_folded else (*captured.a, count),
+            (*captured.a, count) if of_a else captured.a,
             captured.b,
-            captured.epilogue if epilogue is epilogue_folded else (*captured.epilogue, count),
+            (*captured.epilogue, count) if of_epilogue else captured.epilogue,
         ),
     )
 
