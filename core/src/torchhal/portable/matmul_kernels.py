@@ -117,6 +117,17 @@ def far(index, stride, WIDE: tl.constexpr):
     return place
 
 
+@triton.jit
+def strip(
+    a_base, rows, across, row_ok, across_ok, a_col, entry, captured, a_prologue: tl.constexpr, A_FAR: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``a`` after its prologue: columns ``across``."""
+    x = tl.load(a_base + far(across, a_col, A_FAR), mask=row_ok & across_ok, other=0.0)
+    if a_prologue is not None:
+        x = transformed(x, a_prologue, entry, rows, across, captured, row_ok, across_ok)
+    return x
+
+
 # ---------------------------------------------------------------------------- results
 
 
@@ -168,13 +179,14 @@ def product_kernel(
     a_prologue: tl.constexpr, b_prologue: tl.constexpr, epilogue: tl.constexpr, BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
     SPLIT: tl.constexpr, A_TILES: tl.constexpr, B_TILES: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, A_FAR: tl.constexpr, B_FAR: tl.constexpr,
-    FLATTEN: tl.constexpr, PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr, PARTS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ``epilogue(a_prologue(a) @ b_prologue(b) + bias)``, or of a part of its sum.
 
     KIND says what ``b`` is: ``tensor``, or a packed weight, TURNED where the product is by its transpose. PER is how scales
     are applied: to the sum of a ``group``, to the sum of a ``channel``, or to each ``element``. A_TILES and B_TILES say
-    whether a tensor descriptor fetches tiles: ``""``, ``rows`` or, of the transposed matrix, ``columns``.
+    whether a tensor descriptor fetches tiles: ``""``, ``rows`` or, of the transposed matrix, ``columns``. With PAIRS the terms
+    of two ``int4`` numbers in a byte are added apart, so that each byte is loaded once.
     """
     steps = tl.cdiv(inner, BLOCK_K)
     share = tl.cdiv(steps, splits)
@@ -202,8 +214,8 @@ def product_kernel(
             elif A_TILES == "columns":
                 x = a_tiles.load([step * BLOCK_K, tile_m * BLOCK_M]).T
             else:
-                x = tl.load(a_base + far(across, a_col, A_FAR), mask=row_ok & across_ok, other=0.0)
-            if a_prologue is not None:
+                x = strip(a_base, rows, across, row_ok, across_ok, a_col, entry, a_captured, a_prologue, A_FAR)  # fmt: skip
+            if A_TILES != "" and a_prologue is not None:
                 x = transformed(x, a_prologue, entry, rows, across, a_captured, row_ok, across_ok)
 
             ok = down_ok & col_ok
@@ -219,33 +231,41 @@ def product_kernel(
                 else:
                     y = tl.where(ok, elements(weight, down, cols, ok, KIND, ASYMMETRIC), 0.0)
             else:
-                if KIND == "int4":
-                    whole = quant_pairs(weight, step * BLOCK_K, cols, col_ok, inner, BLOCK_K)
-                else:
-                    whole = quants(weight, down, cols, ok, KIND)
                 if ASYMMETRIC:
                     zero = zeros_of(weight, step * BLOCK_K, cols, col_ok)
-                    if KIND == "int4":  # a difference of -15 to 15
+                if PAIRS:
+                    pair = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[:, None]
+                    whole, odd = quant_pairs(weight, pair, cols, in_range(pair * 2, inner, EVEN_K) & col_ok)
+                    if ASYMMETRIC:  # differences from -15 to 15
                         whole -= zero.to(tl.int8)
-                    else:
+                        odd -= zero.to(tl.int8)
+                else:
+                    whole = quants(weight, down, cols, ok, KIND)
+                    if ASYMMETRIC:
                         whole = whole.to(tl.float32) - zero.to(tl.float32)
-                if (ASYMMETRIC or KIND != "int8") and not EVEN_K:  # a byte of 0 stands for another number
-                    whole = tl.where(down_ok, whole, 0)
+                    # A byte of 0 stands for another number. Those of pairs meet a 0 of the other operand.
+                    if (ASYMMETRIC or KIND != "int8") and not EVEN_K:
+                        whole = tl.where(down_ok, whole, 0)
                 y = whole.to(x.dtype)
             if b_prologue is not None:
                 y = transformed(y, b_prologue, entry, down, cols, b_captured, down_ok, col_ok)
 
+            if PAIRS:
+                x, x_odd = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
+            before = total
             if PER == "group":
-                part = add_product(
-                    x, y, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), MODE, A_WIDE, B_WIDE, PRECISION
-                )
+                before = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            part = add_product(x, y, before, MODE, A_WIDE, B_WIDE, PRECISION)
+            if PAIRS:
+                part = add_product(x_odd, odd.to(x.dtype), part, MODE, A_WIDE, B_WIDE, PRECISION)
+            if PER == "group":
                 total += part * scales(weight, step * BLOCK_K, cols, col_ok, KIND)
                 if KIND == "q4_1":
                     total += tl.sum(x.to(tl.float32), 1)[:, None] * minima(
                         weight, step * BLOCK_K, cols, col_ok
                     )
             else:
-                total = add_product(x, y, total, MODE, A_WIDE, B_WIDE, PRECISION)
+                total = part
         if PER == "channel":
             total *= scales(weight, 0, cols, col_ok, KIND)
 

@@ -21,6 +21,8 @@ from torchhal.products.packed import Operand
 
 HALVES: Final = frozenset({torch.bfloat16, torch.float16})
 GGUF_GROUP: Final = 32
+FEW_ROWS: Final = 16
+"""Rows of a tile up to which reading every other element of ``a`` costs less than reading each byte of ``b`` twice."""
 
 
 class Operands(NamedTuple):
@@ -114,7 +116,8 @@ class Launcher:
             "A_TILES": a_way, "B_TILES": b_way, "EVEN_M": work.rows % tiles.rows == 0,
             "EVEN_N": work.columns % tiles.columns == 0, "EVEN_K": work.inner % inner == 0,
             "A_FAR": printer.is_wide((a,)), "B_FAR": isinstance(b, Tensor) and printer.is_wide((b,)),
-            "FLATTEN": tiles.persistent > 0, "PARTS": tiles.parts, **tiles.options(),
+            "FLATTEN": tiles.persistent > 0, "PARTS": tiles.parts,
+            "PAIRS": work.kind == "int4" and work.per != "element" and tiles.rows <= FEW_ROWS, **tiles.options(),
         }  # fmt: skip
         again = self.start(kernels.product_kernel, (programs,), arguments, constants)
         tensors = (*call.tensors(), parts)

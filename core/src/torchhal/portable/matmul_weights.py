@@ -50,15 +50,11 @@ def quants(weight, k, n, ok, KIND: tl.constexpr):
 
 
 @triton.jit
-def quant_pairs(weight, first, n, ok, inner, ROWS: tl.constexpr):
-    """ROWS rows of ``int4`` numbers from an even row ``first`` on, int8, each byte loaded once. What is beyond the weight is anything."""
+def quant_pairs(weight, pair, n, ok):
+    """The ``int4`` numbers of rows ``2 * pair`` and ``2 * pair + 1``, int8: each byte loaded once. Where not ``ok`` -8."""
     data, scale, zero, group, columns, row_bytes = weight
-    at = first // 2 + tl.arange(0, ROWS // 2)[:, None]
-    both = tl.load(data + at.to(tl.int64) * columns + n, mask=(at * 2 < inner) & ok, other=0)
-    low = (both & 15).to(tl.int8) - 8
-    high = (both >> 4).to(tl.int8) - 8
-    pairs = tl.permute(tl.join(low, high), (0, 2, 1))
-    return tl.reshape(pairs, (ROWS, low.shape[1]))
+    both = tl.load(data + pair.to(tl.int64) * columns + n, mask=ok, other=0)
+    return (both & 15).to(tl.int8) - 8, (both >> 4).to(tl.int8) - 8
 
 
 @triton.jit
