@@ -43,16 +43,11 @@ def hopper(work: Work) -> Tiles:
         return Tiles(64, 128, 64, 4, 3)
     if work.rows * work.columns * work.entries < LARGE:
         return Tiles(64, 128, 64, 4, 4)
-    if work.inner < SHORT and work.functions:
-        # Of two programs side by side one multiplies while the other applies its epilogue.
-        return Tiles(128, 128, 64, 8, 3, descriptors=True, persistent=2, parts=2)
     return Tiles(128, 256, 64, 8, 4, descriptors=True, persistent=1, parts=4 if work.functions else 1)
 
 
 LARGE: Final = 2048 * 2048
 """Elements of a result from which on large tiles keep the device busy."""
-SHORT: Final = 2048
-"""Terms of a sum below which an epilogue takes as long as the product."""
 
 
 def hopper_few(work: Work) -> Tiles:
@@ -60,9 +55,11 @@ def hopper_few(work: Work) -> Tiles:
     if work.mode == "full":
         return Tiles(16, 64, 32, 4, 2, splits=8)
     if work.per == "group":
-        return Tiles(16, 128, 64, 4, 5, splits=4)
+        return (
+            Tiles(16, 256, 64, 8, 4, splits=8) if work.kind == "int4" else Tiles(16, 128, 32, 4, 5, splits=8)
+        )
     if work.kind == "int8":
-        return Tiles(16, 64, 256, 4, 3, splits=2)
+        return Tiles(16, 128, 128, 8, 3, splits=4)
     return Tiles(16, 64, 128, 4, 4, splits=2)
 
 

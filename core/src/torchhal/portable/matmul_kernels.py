@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchhal.portable.matmul_weights import elements, minima, quant_pairs, quants, scales, zeros_of
+from torchhal.portable.matmul_weights import elements, group_numbers, quant_pairs, quants, scales, zeros_of
 
 # ---------------------------------------------------------------------------- one product of tiles
 
@@ -203,6 +203,8 @@ def product_kernel(
         if KIND == "tensor":
             b_base = b + batch_offset(entry, sizes, b_steps) + far(cols, b_col, B_FAR)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if PER == "group":  # numbers of a group are fetched a step before they are used
+            ahead = group_numbers(weight, split * share * BLOCK_K, cols, col_ok, inner, KIND, ASYMMETRIC)
         for step in tl.range(split * share, tl.minimum(steps, split * share + share)):
             across = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             down = step * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
@@ -231,8 +233,11 @@ def product_kernel(
                 else:
                     y = tl.where(ok, elements(weight, down, cols, ok, KIND, ASYMMETRIC), 0.0)
             else:
-                if ASYMMETRIC:
-                    zero = zeros_of(weight, step * BLOCK_K, cols, col_ok)
+                if PER == "group":
+                    scale, zero, minimum = ahead
+                    ahead = group_numbers(weight, (step + 1) * BLOCK_K, cols, col_ok, inner, KIND, ASYMMETRIC)
+                elif ASYMMETRIC:
+                    zero = zeros_of(weight, 0, cols, col_ok)
                 if PAIRS:
                     pair = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[:, None]
                     whole, odd = quant_pairs(weight, pair, cols, in_range(pair * 2, inner, EVEN_K) & col_ok)
@@ -259,11 +264,9 @@ def product_kernel(
             if PAIRS:
                 part = add_product(x_odd, odd.to(x.dtype), part, MODE, A_WIDE, B_WIDE, PRECISION)
             if PER == "group":
-                total += part * scales(weight, step * BLOCK_K, cols, col_ok, KIND)
+                total += part * scale
                 if KIND == "q4_1":
-                    total += tl.sum(x.to(tl.float32), 1)[:, None] * minima(
-                        weight, step * BLOCK_K, cols, col_ok
-                    )
+                    total += tl.sum(x.to(tl.float32), 1)[:, None] * minimum
             else:
                 total = part
         if PER == "channel":

@@ -117,7 +117,7 @@ class Launcher:
             "EVEN_N": work.columns % tiles.columns == 0, "EVEN_K": work.inner % inner == 0,
             "A_FAR": printer.is_wide((a,)), "B_FAR": isinstance(b, Tensor) and printer.is_wide((b,)),
             "FLATTEN": tiles.persistent > 0, "PARTS": tiles.parts,
-            "PAIRS": work.kind == "int4" and work.per != "element" and tiles.rows <= FEW_ROWS, **tiles.options(),
+            "PAIRS": work.kind == "int4" and work.per != "element" and tiles.rows <= FEW_ROWS <= inner // 2, **tiles.options(),
         }  # fmt: skip
         again = self.start(kernels.product_kernel, (programs,), arguments, constants)
         tensors = (*call.tensors(), parts)

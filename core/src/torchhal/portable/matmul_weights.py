@@ -83,6 +83,20 @@ def minima(weight, k, n, ok):
 
 
 @triton.jit
+def group_numbers(weight, k, n, ok, inner, KIND: tl.constexpr, ASYMMETRIC: tl.constexpr):
+    """Scale, zero (int32, of asymmetric weights) and minimum (of ``q4_1``) of the group of row ``k``; 0 behind the last one."""
+    ok = ok & (k < inner)
+    scale = scales(weight, k, n, ok, KIND)
+    zero = scale.to(tl.int32)
+    minimum = scale
+    if ASYMMETRIC:
+        zero = zeros_of(weight, k, n, ok)
+    if KIND == "q4_1":
+        minimum = minima(weight, k, n, ok)
+    return scale, zero, minimum
+
+
+@triton.jit
 def elements(weight, k, n, ok, KIND: tl.constexpr, ASYMMETRIC: tl.constexpr):
     """The elements themselves, float32."""
     found = quants(weight, k, n, ok, KIND)
