@@ -100,7 +100,19 @@ def _cast_to_nearest(self: Any, source: Any, target: Any) -> Any:
     return TensorHandle(rounded.reshape(source.data.shape), tl.bfloat16)
 
 
+_subtract = InterpreterBuilder.create_fsub
+
+
+def _subtract_halves(self: Any, a: Any, b: Any) -> Any:
+    """The interpreter subtracts the bits of bfloat16 numbers, as it multiplies them."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _subtract(self, a, b)
+    wide = [self.cast_impl(x, tl.float32) for x in (a, b)]
+    return self.cast_impl(_subtract(self, *wide), tl.bfloat16)
+
+
 if DEVICE == "cpu":
+    InterpreterBuilder.create_fsub = _subtract_halves
     InterpreterBuilder.create_dot = _dot_of_halves
     InterpreterBuilder.cast_impl = _cast_to_nearest
     for _name, _compute in FUNCTIONS.items():

@@ -233,6 +233,7 @@ def product_kernel(
                 else:
                     y = tl.where(ok, elements(weight, down, cols, ok, KIND, ASYMMETRIC), 0.0)
             else:
+                zero = tl.zeros((1, BLOCK_N), tl.int32)
                 if PER == "group":
                     scale, zero, minimum = ahead
                     ahead = group_numbers(weight, (step + 1) * BLOCK_K, cols, col_ok, inner, KIND, ASYMMETRIC)
@@ -240,10 +241,8 @@ def product_kernel(
                     zero = zeros_of(weight, 0, cols, col_ok)
                 if PAIRS:
                     pair = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)[:, None]
-                    whole, odd = quant_pairs(weight, pair, cols, in_range(pair * 2, inner, EVEN_K) & col_ok)
-                    if ASYMMETRIC:  # differences from -15 to 15
-                        whole -= zero.to(tl.int8)
-                        odd -= zero.to(tl.int8)
+                    pair_ok = in_range(pair * 2, inner, EVEN_K) & col_ok
+                    whole, odd = quant_pairs(weight, pair, cols, pair_ok, zero, ASYMMETRIC, x.dtype)
                 else:
                     whole = quants(weight, down, cols, ok, KIND)
                     if ASYMMETRIC:
