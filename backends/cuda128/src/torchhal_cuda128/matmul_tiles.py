@@ -51,21 +51,25 @@ LARGE: Final = 2048 * 2048
 
 
 def hopper_few(work: Work) -> Tiles:
-    """The narrower the elements of ``b``, the more of them for each program."""
+    """Some 128 programs, and for each multiprocessor as many warps as hide what it takes to make numbers of bytes."""
     if work.mode == "full":
         return Tiles(16, 64, 32, 4, 2, splits=8)
     if work.per == "group":
-        return (
-            Tiles(16, 256, 64, 8, 4, splits=8) if work.kind == "int4" else Tiles(16, 128, 32, 4, 5, splits=8)
-        )
-    if work.kind == "int8":
-        return Tiles(16, 128, 128, 8, 3, splits=4)
+        return Tiles(16, 256, 64, 8, 4, splits=8) if work.kind == "int4" else Tiles(16, 128, 32, 4, 5, splits=8)
+    if work.per == "channel":
+        return Tiles(16, 64, 256, 4, 3, splits=2)
     return Tiles(16, 64, 128, 4, 4, splits=2)
+
+
+def data_centre_blackwell(work: Work) -> Tiles:
+    """As on Hopper, with more warps where registers would be spilt."""
+    found = hopper(work)
+    return replace(found, warps=8) if work.mode == "full" and work.rows > FEW else found
 
 
 def consumer_blackwell(work: Work) -> Tiles:
     """As on Hopper, within 99 KB of shared memory for a program."""
-    found = hopper(work)
+    found = data_centre_blackwell(work)
     if work.mode == "full" or found.rows * found.columns <= 64 * 64:
         return replace(found, stages=min(found.stages, 2))
     return Tiles(64, 64, 64, 4, 2) if work.mode == "split" else Tiles(128, 128, 32, 8, 3)
@@ -73,5 +77,5 @@ def consumer_blackwell(work: Work) -> Tiles:
 
 Choice = Callable[[Work], Tiles]
 
-TILES: Final[Mapping[int, Choice]] = {9: hopper, 10: hopper, 12: consumer_blackwell}
+TILES: Final[Mapping[int, Choice]] = {9: hopper, 10: data_centre_blackwell, 12: consumer_blackwell}
 """Tiles by compute capability major."""
