@@ -55,7 +55,9 @@ def hopper_few(work: Work) -> Tiles:
     if work.mode == "full":
         return Tiles(16, 64, 32, 4, 2, splits=8)
     if work.per == "group":
-        return Tiles(16, 256, 64, 8, 4, splits=8) if work.kind == "int4" else Tiles(16, 128, 32, 4, 5, splits=8)
+        return (
+            Tiles(16, 256, 64, 8, 4, splits=8) if work.kind == "int4" else Tiles(16, 128, 32, 4, 5, splits=8)
+        )
     if work.per == "channel":
         return Tiles(16, 64, 256, 4, 3, splits=2)
     return Tiles(16, 64, 128, 4, 4, splits=2)
