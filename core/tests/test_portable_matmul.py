@@ -20,6 +20,7 @@ from torchhal.errors import Unsupported
 from torchhal.operands import Packed
 from torchhal.pointwise import capture
 from torchhal.portable import matmul, printer
+from torchhal.portable.matmul_launch import float32_precision
 from torchhal.portable.matmul_tiles import PLAIN, Tiles, Tuning
 from torchhal.problems import MatmulProblem
 from torchhal.products.product import Run
@@ -181,6 +182,37 @@ def test_a_batch_of_few_rows_before_one_matrix_keeps_its_indices() -> None:
     a, b, table = normal(3, 2, 9), normal(9, 5, seed=1), normal(3, 2, 5, seed=2)
     (found,) = planned()(a, b, epilogue=lambda v, n, r, c: v + table[n, r, c])
     torch.testing.assert_close(found.double(), a.double() @ b.double() + table, rtol=1e-5, atol=1e-5)
+
+
+def test_an_equal_function_of_another_call_is_folded_like_the_first() -> None:
+    def check(dtype: torch.dtype) -> None:
+        a, b, scale, table = (
+            normal(3, 2, 9, dtype=dtype),
+            normal(9, 5, dtype=dtype, seed=1),
+            normal(9),
+            normal(3),
+        )
+        (found,) = planned()(
+            a, b, a_prologue=lambda v, n, r, c: v + scale[c], epilogue=lambda v, n, r, c: v * table[n]
+        )
+        left = a.double() + scale
+        accurate(found, left, b, (left @ b.double()) * table[:, None, None], slack=2.0**-14)
+
+    check(FLOAT)
+    check(BRAIN)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="settings of the other device")
+def test_settings_of_torch_in_either_style_are_read() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert float32_precision("cuda") == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert float32_precision("cuda") == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert float32_precision("cpu") == "ieee"
 
 
 def test_only_indices_that_stay_inside_are_read_without_a_test() -> None:

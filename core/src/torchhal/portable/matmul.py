@@ -11,7 +11,7 @@ from torch import Tensor
 from torchhal.portable import unavailable
 from torchhal.portable.attention import fitting, on_device
 from torchhal.portable.launch import Start, start
-from torchhal.portable.matmul_launch import Launcher, Operands
+from torchhal.portable.matmul_launch import HALVES, Launcher, Operands, float32_precision
 from torchhal.portable.matmul_tiles import PLAIN, Tiles, Tuning
 from torchhal.portable.printer import TYPES
 from torchhal.portable.replay import ALIGNMENT, MOST, Recording
@@ -110,12 +110,14 @@ class Multiplier:
         recording = None if kind is None else Recording()
         work = self.launcher.work_of(call)
         tiles = self.known.get((work, kind)) or self.launcher.tuning.choose(work)
-        self.known[work, kind] = fitting(self.launcher, tiles, call, work, recording)
+        found = fitting(self.launcher, tiles, call, work, recording)
+        if len(self.known) >= MOST:
+            self.known.clear()
+        self.known[work, kind] = found
         if recording is not None and recording.usable:
             recording.release()
             if len(self.recordings) >= MOST:
                 self.recordings.clear()
-                self.known.clear()
             self.recordings[kind] = recording
 
 
@@ -128,8 +130,10 @@ def _kind_of(call: Operands) -> tuple[Any, ...] | None:
     if pointers % ALIGNMENT:
         return None
     graphs = [None if function is None else function.graph for function in call.functions]
+    narrow = HALVES.issuperset((call.a.dtype, call.b.dtype, *[out.dtype for out in call.outs]))
+    precision = "" if narrow else float32_precision(call.a.device.type)
     packing = None if isinstance(call.b, Tensor) else (call.b.weight.scheme, call.b.transposed)
     return (
-        *graphs, packing, call.bias is None, torch.get_float32_matmul_precision(),
+        *graphs, packing, call.bias is None, precision,
         *[(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors],
     )  # fmt: skip

@@ -111,7 +111,7 @@ class Launcher:
             "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": inner, "GROUP": tiles.band,
             "KIND": work.kind, "TURNED": isinstance(b, Operand) and b.transposed, "PER": work.per,
             "ASYMMETRIC": _is_asymmetric(b), "MODE": mode, "A_WIDE": a_wide, "B_WIDE": b_wide,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": float32_precision(a.device.type),
             "a_prologue": printed[0], "b_prologue": printed[1], **finish, "SPLIT": splits > 1,
             "A_TILES": a_way, "B_TILES": b_way, "EVEN_M": work.rows % tiles.rows == 0,
             "EVEN_N": work.columns % tiles.columns == 0, "EVEN_K": work.inner % inner == 0,
@@ -144,6 +144,15 @@ class Launcher:
 
 
 # ---------------------------------------------------------------------------- how elements are multiplied
+
+
+def float32_precision(device: str) -> str:
+    """``ieee``, or ``tf32`` where the caller's setting of torch lets products of float32 on a type of device be rounded to that.
+
+    ``torch.get_float32_matmul_precision`` raises once a program has used the settings that are to take its place.
+    """
+    settings = getattr(getattr(torch.backends, device, None), "matmul", None)
+    return "tf32" if getattr(settings, "fp32_precision", "ieee") == "tf32" else "ieee"
 
 
 def _packing(b: Tensor | Operand, transformed: bool) -> tuple[str, str]:
