@@ -92,14 +92,27 @@ _cast = InterpreterBuilder.cast_impl
 
 
 def _cast_to_nearest(self: Any, source: Any, target: Any) -> Any:
-    """The interpreter cuts float32 off to make bfloat16; hardware rounds it."""
-    if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+    """The interpreter cuts float32 off to make bfloat16, and knows no way from integers; hardware rounds."""
+    if target.scalar != tl.bfloat16 or source.dtype.scalar in (tl.bfloat16, tl.float16, tl.float64):
         return _cast(self, source, target)
+    source = source if source.dtype.scalar == tl.float32 else _cast(self, source, tl.float32)
     rounded = torch.from_numpy(np.array(source.data, ndmin=1)).bfloat16().view(torch.uint16).numpy()
     return TensorHandle(rounded.reshape(source.data.shape), tl.bfloat16)
 
 
+_subtract = InterpreterBuilder.create_fsub
+
+
+def _subtract_halves(self: Any, a: Any, b: Any) -> Any:
+    """The interpreter subtracts the bits of bfloat16 numbers, as it multiplies them."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _subtract(self, a, b)
+    wide = [self.cast_impl(x, tl.float32) for x in (a, b)]
+    return self.cast_impl(_subtract(self, *wide), tl.bfloat16)
+
+
 if DEVICE == "cpu":
+    InterpreterBuilder.create_fsub = _subtract_halves
     InterpreterBuilder.create_dot = _dot_of_halves
     InterpreterBuilder.cast_impl = _cast_to_nearest
     for _name, _compute in FUNCTIONS.items():

@@ -158,3 +158,18 @@ def test_a_function_is_printed_once_for_each_graph() -> None:
     first, again = (capture(lambda x: x + 0.5, [("x", torch.float32)]).graph for _ in range(2))
     assert printer.function(first) is printer.function(again)
     assert printer.function(first) is not printer.function(first, True)
+
+
+def test_erf_is_within_two_units_in_the_last_place_and_keeps_what_is_no_number() -> None:
+    x = torch.cat(
+        [
+            torch.linspace(-6, 6, 4088),
+            torch.tensor([0.92, -0.92, 4.0, 1e-30, -0.0, float("inf"), -float("inf"), float("nan")]),
+        ]
+    )
+    builder = GraphBuilder([("x", torch.float32)])
+    found = interpreted.evaluate(builder.finish([builder.apply("erf", builder.input(0))]), [x]).double()
+    truth = torch.special.erf(x.double())
+    unit = torch.finfo(torch.float32).eps * 2.0 ** torch.floor(torch.log2(truth.abs().clamp_min(1e-38)))
+    assert torch.equal(found.isnan(), truth.isnan())
+    assert ((found - truth).abs() <= 2 * unit)[~truth.isnan()].all()

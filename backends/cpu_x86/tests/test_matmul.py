@@ -16,8 +16,9 @@ from native_cases import DTYPES, LIBRARY, SETS, Tensor, forced, threads
 import torchhal
 from torchhal.errors import Unsupported
 from torchhal.pointwise import capture
-from torchhal_cpu_x86 import matmul, products
-from torchhal_cpu_x86.product_graphs import Functions, fuse
+from torchhal.products.graphs import Functions, fuse
+from torchhal.products.product import GRADIENTS, NO_FUNCTIONS
+from torchhal_cpu_x86 import products
 
 VALUE = (("value", torch.float32), *((name, torch.int32) for name in ("batch", "row", "col")))
 
@@ -384,7 +385,7 @@ def run_changed(changes: dict[str, Any]) -> int:
     good = LIBRARY.matmul
     try:
         LIBRARY.matmul = seen.append  # type: ignore[method-assign, assignment]
-        products.multiply(a, b, None, products.NO_FUNCTIONS, (torch.float32,))
+        products.multiply(a, b, None, NO_FUNCTIONS, (torch.float32,))
     finally:
         LIBRARY.matmul = good  # type: ignore[method-assign]
     call = Call.from_buffer_copy(seen[0])
@@ -442,4 +443,4 @@ def test_a_result_of_a_type_that_is_not_written_is_declined() -> None:
 def test_a_plan_says_what_serves_and_packed_weights_are_declined_or_served() -> None:
     route = torchhal.explain(torchhal.matmul, torch.randn(3, 4), torch.randn(4, 5), backend="cpu_x86")
     assert route.chosen == "cpu_x86"
-    assert {"backward", "captured_gradient"} == matmul.GRADIENTS
+    assert {"backward", "captured_gradient"} == GRADIENTS

@@ -14,9 +14,11 @@ from test_matmul import Call, instruction_set, multiply
 
 import torchhal
 from torchhal.operands import GGUFWeight, Packed, PackedWeight
+from torchhal.products.packed import Operand
+from torchhal.products.product import NO_FUNCTIONS
 from torchhal.reference.packing import unpack
 from torchhal_cpu_x86 import products
-from torchhal_cpu_x86.packed import SCHEMES, Operand
+from torchhal_cpu_x86.packed import SCHEMES, description
 
 BLOCKS = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
 
@@ -213,12 +215,12 @@ def run_changed(scheme: str, changes: dict[str, Any]) -> int:
     a, good = torch.randn(3, 64), LIBRARY.matmul
     try:
         LIBRARY.matmul = seen.append  # type: ignore[method-assign, assignment]
-        products.multiply(a, Operand(weight), None, products.NO_FUNCTIONS, (torch.float32,))
+        products.multiply(a, Operand(weight), None, NO_FUNCTIONS, (torch.float32,))
     finally:
         LIBRARY.matmul = good  # type: ignore[method-assign]
     call, out, types = Call.from_buffer_copy(seen[0]), torch.empty(3, 5), (ctypes.c_int32 * 1)(1)
-    description = Operand(weight).description()
-    packed = Weight.from_buffer_copy(description.tobytes())
+    words = description(Operand(weight))
+    packed = Weight.from_buffer_copy(words.tobytes())
     pointers = (ctypes.c_void_p * 1)(out.data_ptr())
     call.out, call.out_types, call.packed = map(ctypes.addressof, (pointers, types, packed))
     for name, value in changes.items():

@@ -7,30 +7,16 @@ import functools
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from torchhal.pointwise import Graph
-from torchhal_cpu_x86 import native, programs
-from torchhal_cpu_x86.packed import Operand
-
-
-class Function(NamedTuple):
-    """A captured function and its tensors."""
-
-    graph: Graph
-    tensors: Sequence[Tensor] = ()
-
-
-STORED: Final = {
-    torch.float32: frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    torch.float64: frozenset({torch.float64}),
-}
-"""What sums of a type are rounded to without an epilogue that casts them."""
-
-NO_FUNCTIONS: Final = (None, None, None)
+from torchhal.products.graphs import Function
+from torchhal.products.packed import Operand
+from torchhal.products.product import NO_FUNCTIONS
+from torchhal_cpu_x86 import native, packed, programs
 
 
 def multiply(
@@ -47,7 +33,8 @@ def multiply(
         b: (..., K, N), batch dimensions broadcast, or a packed weight (K, N).
         bias: (N,) or None.
         functions: ``a_prologue``, ``b_prologue`` and ``epilogue``, each of ``(value)`` or ``(value, batch, row, col)``. The
-            results of an epilogue have ``out_dtypes``; without one there is one result, of a type in :data:`STORED`.
+            results of an epilogue have ``out_dtypes``; without one there is one result, of a type in
+            :data:`torchhal.products.graphs.STORED`.
         out_dtypes: element types of the results.
     """
     library = _library()
@@ -62,7 +49,7 @@ def multiply(
     pointers = array("Q", [out.data_ptr() for out in outputs])
     added = _NO_BIAS if bias is None else (native.DTYPES[bias.dtype], bias.data_ptr(), bias.stride(0))
     addresses = (0, 0, 0) if functions == NO_FUNCTIONS else tuple([_function(f, keep) for f in functions])
-    weight = None if isinstance(b, Tensor) else b.description()
+    weight = None if isinstance(b, Tensor) else packed.description(b)
     library.matmul(
         _MATMUL.pack(
             _MATMUL.size, 0, native.DTYPES[a.dtype], native.DTYPES[b.dtype], added[0], torch.get_num_threads(), batch_dims, len(outputs),

@@ -9,13 +9,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+import torchhal
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import capture
+from torchhal.portable import matmul
 from torchhal.portable.gradients import Arguments, GradientLauncher, dense_shape
 from torchhal.portable.launch import Launcher, Start
 from torchhal.portable.shapes import Shape, shape_of
 from torchhal.problems import AttentionProblem
-from torchhal_cuda128 import tiles
+from torchhal.products.graphs import Captured, Functions, fuse
+from torchhal.products.packed import Operand
+from torchhal_cuda128 import matmul_tiles, tiles
 
 BATCH, HEADS, KEY_HEADS, PAGE, BLOCK = 2, 8, 2, 16, 128
 
@@ -74,17 +78,65 @@ class Case:
         )
 
 
-DEFAULT: Final = {
+@dataclass(frozen=True)
+class Product:
+    """One fused matrix product."""
+
+    rows: int = 4096
+    columns: int = 4096
+    inner: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+    bits: int = 0
+    """Of a packed weight; 0 for a tensor."""
+    group: int | None = None
+    prologue: bool = False
+    """With a prologue of ``a``."""
+    epilogue: bool = False
+    """With a GELU and a captured residual."""
+    transposed: bool = False
+    """With a ``b`` that lies in memory column after column."""
+
+    @property
+    def matrix(self) -> bool:
+        """Whether its tiles fill matrix units."""
+        return self.rows > 16 and self.dtype is not torch.float32
+
+    def compile(self, major: int, start: Start) -> None:
+        """Give its kernels, with the tiles of a compute capability major, to ``start``."""
+        residual = torch.empty(self.rows, self.columns, dtype=self.dtype)
+        value = [("value", torch.float32), *((name, torch.int32) for name in ("batch", "row", "col"))]
+        added = capture(lambda v, b, r, c: torch.nn.functional.gelu(v) + residual[r, c], value)
+        silu = capture(lambda v: torch.nn.functional.silu(v), value[:1])
+        functions = Functions(
+            silu.graph if self.prologue else None, None, added.graph if self.epilogue else None
+        )
+        fused = fuse(functions, torch.float32, None, (self.dtype,))
+        captured = Captured(epilogue=(residual,) if self.epilogue else ())
+        b: Any = torch.empty(self.inner, self.columns, dtype=self.dtype)
+        if self.transposed:
+            b = torch.empty(self.columns, self.inner, dtype=self.dtype).mT
+        if self.bits:
+            b = Operand(
+                torchhal.pack_weight(torch.ones(self.inner, self.columns), bits=self.bits, group=self.group)
+            )
+        a = torch.empty(self.rows, self.inner, dtype=self.dtype)
+        multiply = matmul.Multiplier(matmul_tiles.tuning_of(major, 132), start)
+        multiply(a, b, None, fused.arrange(captured, None), (self.dtype,))
+
+
+DEFAULT: Final[dict[str, Case | Product]] = {
     "prefill-64-causal": Case(64, causal=True),
     "decode-128": Case(rows=1),
     "varlen-128-causal": Case(layout="varlen", causal=True),
     "score-mod-64-causal": Case(64, causal=True, mod=True),
     "backward-64-causal": Case(64, causal=True, backward=True),
     "backward-128-causal": Case(causal=True, backward=True),
+    "product-residual": Product(epilogue=True),
+    "product-int8-few": Product(rows=16, bits=8),
 }
 """Compiled by every run of the tests: the default tiles of each kind of kernel."""
 
-CASES: Final = {
+CASES: Final[dict[str, Case | Product]] = {
     **DEFAULT,
     "prefill-128": Case(),
     "paged-decode-128": Case(rows=1, layout="paged"),
@@ -103,11 +155,22 @@ CASES: Final = {
     "backward-128-paged": Case(rows=64, layout="paged", causal=True, backward=True),
     "backward-64-score-mod": Case(64, mod=True, causal=True, backward=True),
     "backward-128-window": Case(window=True, backward=True),
+    "product": Product(),
+    "product-transposed": Product(transposed=True, epilogue=True),
+    "product-small": Product(rows=512, columns=512),
+    "product-few": Product(rows=16),
+    "product-prologue": Product(prologue=True),
+    "product-int8": Product(bits=8),
+    "product-int4-few": Product(rows=16, bits=4, group=64),
+    "product-float32": Product(dtype=torch.float32),
 }
 
 
-def compile_case(case: Case, major: int, start: Start) -> None:
+def compile_case(case: Case | Product, major: int, start: Start) -> None:
     """Give the kernels of a case, with the tiles of a compute capability major, to ``start``."""
+    if isinstance(case, Product):
+        case.compile(major, start)
+        return
     problem, tuning = case.problem, tiles.tuning_of(major, 132)
     query, key, value = _tensors(case)
     operands = _operands(case)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torchhal
-from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, Plan
-from torchhal_cuda128 import attention, deploy, hardware
+from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, MatmulProblem, Plan
+from torchhal_cuda128 import attention, deploy, hardware, matmul
 from torchhal_cuda128.capabilities import CAPABILITIES
 
 
@@ -26,6 +26,12 @@ def torchhal_backend() -> BackendInfo:
 def torchhal_attention(problem: AttentionProblem) -> Plan | Decline:
     """The Triton kernels, where the hardware is suitable and Triton is installed."""
     return attention.plan(problem, hardware.observe())
+
+
+@torchhal.hookimpl
+def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline:
+    """The Triton kernels, and cuBLAS for plain products, where the hardware is suitable and Triton is installed."""
+    return matmul.plan(problem, hardware.observe())
 
 
 @torchhal.hookimpl

@@ -1,7 +1,8 @@
 """Kernels in Triton that know no vendor: a backend whose hardware has a Triton compiler starts from them.
 
 - :mod:`torchhal.portable.printer` prints a pointwise :class:`~torchhal.pointwise.Graph` as a Triton function;
-- :mod:`torchhal.portable.attention` computes attention, with such functions inside its kernel.
+- :mod:`torchhal.portable.attention` computes attention, with such functions inside its kernel;
+- :mod:`torchhal.portable.matmul` computes fused matrix products, likewise.
 
 A backend supplies what depends on its hardware, the sizes of tiles, and claims what it has tested. The core does not
 depend on Triton: it is imported when a kernel is first wanted, and :func:`unavailable` says why it can not be.

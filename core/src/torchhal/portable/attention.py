@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -191,7 +191,17 @@ def passes(problem: AttentionProblem, tuning: Tuning) -> gradients.Passes:
     return gradients.Passes(attend, backward)
 
 
-def fitting(launcher: Callable[..., None], tiles: Tiles, *arguments: Any) -> Tiles:
+class Shrinking(Protocol):
+    """Tiles of any kernel."""
+
+    def smaller(self) -> Self | None:
+        """The next tiles to try; None after the smallest."""
+
+
+Cut = TypeVar("Cut", bound=Shrinking)
+
+
+def fitting(launcher: Callable[..., None], tiles: Cut, *arguments: Any) -> Cut:
     """Launch with these tiles or, where the device has too little memory for them, with the largest that fit.
 
     How much a kernel needs is known once its user's functions are compiled into it; so the tiles are tried.

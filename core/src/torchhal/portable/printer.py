@@ -37,7 +37,7 @@ _LIBRARY: Final = {
     "round": "rint",
     **{name: name for name in (
         "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "rsqrt", "sin", "cos", "tan", "asin", "acos",
-        "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "trunc", "fmod", "atan2",
+        "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "erfinv", "trunc", "fmod", "atan2",
     )},
 }  # fmt: skip
 """Functions of floats that the mathematics library of the device has, under the name it has there."""
@@ -58,6 +58,7 @@ _FORMS: Final = {
     "reciprocal": "arithmetic.reciprocal({0})",
     "sigmoid": "arithmetic.sigmoid({0})",
     "tanh": "arithmetic.tanh({0})",
+    "erf": "arithmetic.erf({0})",
     "floor": "tl.floor({0})",
     "ceil": "tl.ceil({0})",
     "isnan": "{0} != {0}",
@@ -98,20 +99,21 @@ _UNSIGNED_FORMS: Final = {
 # ---------------------------------------------------------------------------- nodes
 
 
-def expression(graph: Graph, node: Node, wide: bool) -> str:
+def expression(graph: Graph, node: Node, wide: bool, direct: frozenset[int] | None = None) -> str:
     """The Triton expression of one node, over ``v0``, ``v1``, ... for the earlier ones.
 
     Args:
         graph: the graph.
         node: one of its nodes.
         wide: whether offsets into captured tensors may exceed 32 bits.
+        direct: as :func:`source` has it.
     """
     if node.primitive == "input":
         return f"x{node.position}"
     if node.primitive == "constant":
         return _constant(node)
     if node.primitive == "gather":
-        return _gather(graph, node, wide)
+        return _gather(graph, node, wide, direct or frozenset())
     operands = [_operand(graph, i) for i in node.operands]
     if node.primitive == "cast":
         return convert(operands[0], graph.nodes[node.operands[0]].dtype, node.dtype)
@@ -189,35 +191,65 @@ def convert(text: str, source: torch.dtype, target: torch.dtype) -> str:
     return text + "".join(f".to({TYPES[step]})" for step in steps)
 
 
-def _gather(graph: Graph, node: Node, wide: bool) -> str:
+def _gather(graph: Graph, node: Node, wide: bool, direct: frozenset[int]) -> str:
     start = sum(1 + 2 * spec.ndim for spec in graph.captured[: node.position])
     ndim = graph.captured[node.position].ndim
-    pointer = f"captured[{start}]"
+    pointer, mask = f"captured[{start}]", ""
     for dim, i in enumerate(node.operands):
         size, stride = f"captured[{start + 1 + dim}]", f"captured[{start + 1 + ndim + dim}]"
-        pointer += f" + arithmetic.offset(v{i}, {size}, {stride}, {wide})"
-    loaded = f"tl.load({pointer})"
+        if node.position in direct:
+            pointer += f" + v{i}.to({'tl.int64' if wide else 'tl.int32'}) * {stride}"
+            mask += " & " * bool(mask) + f"live[{graph.nodes[i].position}]"
+        else:
+            pointer += f" + arithmetic.offset(v{i}, {size}, {stride}, {wide})"
+    loaded = f"tl.load({pointer}, mask={mask})" if mask else f"tl.load({pointer})"
     return f"({loaded} != 0)" if node.dtype is torch.bool else loaded
+
+
+def direct_gathers(graph: Graph, extents: Sequence[int], captured: Sequence[Tensor]) -> frozenset[int]:
+    """Positions of the captured tensors that are only read at inputs as they are, and are large enough for all of those.
+
+    Args:
+        graph: the function.
+        extents: of each input how many values it counts through from 0; 0 for one that is no index.
+        captured: its captured tensors.
+    """
+    other: set[int] = set()
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.primitive == "gather" and node.operands:
+            places = [graph.nodes[i] for i in node.operands]
+            sizes = captured[node.position].shape
+            fits = all(
+                place.primitive == "input" and 0 < extents[place.position] <= size
+                for place, size in zip(places, sizes, strict=True)
+            )
+            (found if fits else other).add(node.position)
+    return frozenset(found - other)
 
 
 # ---------------------------------------------------------------------------- functions
 
 
-def source(graph: Graph, wide: bool = False) -> str:
+def source(graph: Graph, wide: bool = False, direct: frozenset[int] | None = None) -> str:
     """The source of the graph's Triton function, ``pointwise``.
 
     Args:
         graph: the function.
         wide: whether offsets into captured tensors may exceed 32 bits.
+        direct: captured tensors by :func:`direct_gathers`, whose indices need not be brought inside the tensor: the compiler
+            can then see that neighbours lie side by side, and load them at once. The function takes a last argument
+            ``live``, of each input where it is in range. None for a function without that argument.
     """
-    inputs = ", ".join([*(f"x{i}" for i in range(len(graph.inputs))), "captured"])
-    lines = [f"    v{i} = {expression(graph, node, wide)}" for i, node in enumerate(graph.nodes)]
+    last = ["captured"] if direct is None else ["captured", "live"]
+    inputs = ", ".join([*(f"x{i}" for i in range(len(graph.inputs))), *last])
+    lines = [f"    v{i} = {expression(graph, node, wide, direct)}" for i, node in enumerate(graph.nodes)]
     outputs = ", ".join(f"v{i}" for i in graph.outputs)
     return "\n".join(["@triton.jit", f"def pointwise({inputs}):", *lines, f"    return {outputs}", ""])
 
 
 @functools.lru_cache(maxsize=1024)
-def function(graph: Graph, wide: bool = False) -> Any:
+def function(graph: Graph, wide: bool = False, direct: frozenset[int] | None = None) -> Any:
     """The graph as a Triton function, compiled into the kernels that call it; made once for each graph.
 
     Needs Triton: ask :func:`torchhal.portable.unavailable` first.
@@ -228,8 +260,9 @@ def function(graph: Graph, wide: bool = False) -> Any:
 
     from torchhal.portable import arithmetic
 
-    name = f"<pointwise {graph.digest}{' wide' if wide else ''}>"
-    text = source(graph, wide)
+    text = source(graph, wide, direct)
+    kind = "" if direct is None else f" direct {sorted(direct)}"
+    name = f"<pointwise {graph.digest}{' wide' if wide else ''}{kind}>"
     # Triton reads the source of a function back from where Python says that it came from.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     space: dict[str, Any] = {

@@ -28,12 +28,11 @@ from torchhal.derivatives import first_derivatives
 from torchhal.pointwise import Graph, GraphBuilder
 from torchhal.pointwise.differentiate import differentiate
 from torchhal.pointwise.factors import reads
-from torchhal_cpu_x86 import products
-from torchhal_cpu_x86.packed import Operand
-from torchhal_cpu_x86.product_graphs import BATCH, COL, ROW, Captured, Functions, fuse, transposed
+from torchhal.products.graphs import BATCH, COL, ROW, Captured, Functions, fuse, transposed
+from torchhal.products.packed import Operand
 
 if TYPE_CHECKING:
-    from torchhal_cpu_x86.matmul import Product
+    from torchhal.products.product import Product
 
 
 def apply(
@@ -81,7 +80,7 @@ class _Product(torch.autograd.Function):
         given = [gradient for gradient in found if gradient is not None]
         if torch.is_grad_enabled() and given:  # with create_graph
             sources = [t for t in (*ctx.saved_tensors, *above) if t is not None]
-            rest = iter(first_derivatives("cpu_x86", "matmul", given, sources))
+            rest = iter(first_derivatives(ctx.product.who, "matmul", given, sources))
             found = [None if gradient is None else next(rest) for gradient in found]
         return (None, None, *found)
 
@@ -272,7 +271,7 @@ class Backward:
             a.shape[-1] > 0,
         )
         captured = self.captured._replace(epilogue=(*self.captured.epilogue, *seeds))
-        results = products.multiply(
+        results = self.product.multiply(
             a,
             b,
             None if fused.bias else self.bias,
@@ -326,7 +325,7 @@ class Backward:
             captured = captured._replace(epilogue=(*tensors, _three_dimensional(operand.expand(shape))))
             uses, out_dtypes = found.uses, found.graph.output_dtypes
         fused = fuse(functions, self.product.compute, None, out_dtypes, left.shape[-1] > 0)
-        results = products.multiply(left, right, None, fused.arrange(captured, None), out_dtypes)
+        results = self.product.multiply(left, right, None, fused.arrange(captured, None), out_dtypes)
         gradient = (
             results[0] if shape == operand.shape else results[0].sum_to_size(operand.shape).to(operand.dtype)
         )
@@ -347,7 +346,7 @@ def collect(
         tensor = captured[use.captured]
         total = sums[use.captured]
         if total is None:
-            total = sums[use.captured] = torch.zeros(tensor.shape, dtype=torch.float64, device="cpu")
+            total = sums[use.captured] = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
         values = _three_dimensional(results[use.value])
         if use.axes is not None:
             _add_sums(total, values, use.axes)
@@ -370,12 +369,14 @@ def _add_sums(total: Tensor, values: Tensor, axes: Sequence[int]) -> None:
 
 
 def _add_elements(total: Tensor, values: Tensor, indices: Sequence[Tensor]) -> None:
-    place = torch.zeros((), dtype=torch.int64, device="cpu")
+    place = torch.zeros((), dtype=torch.int64, device=total.device)
     for index, size, stride in zip(indices, total.shape, total.stride(), strict=True):
         # Where the forward pass read: an index out of range is taken to the nearest element.
         counted = torch.where(index < 0, index + size, index).clamp(0, size - 1)
         place = place + counted.to(torch.int64).flatten() * stride
     flat = values.flatten().to(torch.float64)
-    total.view(-1).index_add_(
-        0, place.expand(flat.shape), flat
-    )  # of one dimension: one element after the other
+    place = place.expand(flat.shape)
+    if total.device.type == "cpu":
+        total.view(-1).index_add_(0, place, flat)  # of one dimension: one element after the other
+    else:  # which sorts, where index_add_ adds in the order in which threads come
+        total.view(-1).index_put_((place,), flat, accumulate=True)

@@ -1,4 +1,4 @@
-"""The functions of a fused matrix product as the native kernel takes them: rewritten, cast and joined.
+"""The functions of a fused matrix product as a kernel takes them: rewritten, cast and joined.
 
 All of it is algebra on graphs, done once for a problem. Names: *compute* is the type of values and sums, float32 or
 float64; the inputs of a function are ``(value)`` or ``(value, batch, row, col)``.
@@ -15,11 +15,24 @@ from torch import Tensor
 
 from torchhal.pointwise import Graph, GraphBuilder
 from torchhal.pointwise.factors import apply_factors, factors, reads
-from torchhal_cpu_x86.products import STORED, Function
 
 BATCH, ROW, COL = 1, 2, 3
 """Positions of the indices among the inputs of a function."""
 _INDICES: Final = tuple((name, torch.int32) for name in ("batch", "row", "col"))
+
+
+STORED: Final = {
+    torch.float32: frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    torch.float64: frozenset({torch.float64}),
+}
+"""What sums of a type are rounded to by a kernel without an epilogue that casts them."""
+
+
+class Function(NamedTuple):
+    """A captured function and its tensors."""
+
+    graph: Graph
+    tensors: Sequence[Tensor] = ()
 
 
 class Functions(NamedTuple):
