@@ -353,5 +353,6 @@ class BackendInfo:
     """Claim on each device type when nobody chose: higher goes first; the reference has 0 everywhere."""
     probe: Callable[[], Mapping[str, Any]] = dict
     """Looks at the hardware and returns what ``torchhal doctor`` shows: device names, driver, measured
-    ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not)."""
+    ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not), and may have ``mend``: a list
+    of dictionaries with a ``code``, a ``reason``, and what to ``do``, a command where there is one."""
     version: str = ""
