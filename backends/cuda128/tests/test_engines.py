@@ -1,7 +1,8 @@
-"""Which calls cuDNN serves, why it serves no others, and, on a GPU, that it computes what the contract asks."""
+"""Which calls cuDNN and FlashAttention-4 serve, why no others, how they are called, and, on a GPU, that they keep the contract."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 import torchhal
+from torchhal.errors import BackendWarning
 from torchhal.pointwise import capture
 from torchhal.problems import AttentionProblem, Decline, Plan
-from torchhal_cuda128 import attention, engines
+from torchhal_cuda128 import attention, engines, fa4
 from torchhal_cuda128.hardware import Device, Hardware
+from torchhal_cuda128.lengths import Least, aligned, regular, seen_keys
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, 132)
+B300 = Device("NVIDIA B300", (10, 3), 270 << 30, 148)
 RTX_5090 = Device("NVIDIA GeForce RTX 5090", (12, 0), 32 << 30, 170)
 READY = Hardware(
     "2.13.0+cu128", torch_cuda=(12, 8), driver_cuda=(12, 8), devices=(H100,), arch_list=("sm_90",)
@@ -31,36 +35,84 @@ FULL = AttentionProblem(
 INDICES = [(name, torch.int32) for name in ("b", "h", "q_idx", "kv_idx")]
 
 
+def declined(
+    name: str, problem: AttentionProblem, device: Device = H100, version: str | None = "4.0.0b36"
+) -> str:
+    """The code with which an engine can not serve a problem; empty where it can."""
+    why = engines.able(problem, device, version)[name]
+    return "" if why is None else why.code
+
+
 @pytest.mark.parametrize("size", [64, 128])
 def test_full_attention_of_a_measured_head_size_has_a_rule(size: int) -> None:
-    rule = engines.rule_for(replace(FULL, head_size=size, value_head_size=size), H100)
+    rule = engines.rule_for("cudnn", replace(FULL, head_size=size, value_head_size=size), H100)
     assert isinstance(rule, engines.Rule), rule
     assert (rule.head_size, rule.least) == (size, 512)
 
 
-@pytest.mark.parametrize(("fields", "code"), [
-    ({"is_causal": True}, "cudnn_hides"),
-    ({"mask_dtype": torch.bool}, "cudnn_hides"),
-    ({"mask_mod": capture(lambda b, h, q, k: k <= q, INDICES).graph}, "cudnn_hides"),
-    ({"block_size": (128, 128)}, "cudnn_hides"),
-    ({"score_mod": capture(lambda s, b, h, q, k: s * 2, [("score", torch.float32), *INDICES]).graph}, "cudnn_score_mod"),
-    ({"dropout": True}, "cudnn_dropout"),
-    ({"return_lse": True}, "cudnn_lse"),
-    ({"features": frozenset({"backward"})}, "cudnn_lse"),
-    ({"layout": "varlen"}, "cudnn_layout"),
-    ({"head_size": 96, "value_head_size": 96}, "cudnn_unmeasured"),
-    ({"value_head_size": 64}, "cudnn_unmeasured"),
+SOFT = capture(lambda s, b, h, q, k: s * 2, [("score", torch.float32), *INDICES]).graph
+BEFORE = capture(lambda b, h, q, k: k <= q, INDICES).graph
+
+
+@pytest.mark.parametrize(("fields", "cudnn", "fa4"), [
+    ({"is_causal": True}, "", ""),
+    ({"mask_dtype": torch.bool}, "cudnn_mask", "fa4_mask"),
+    ({"mask_mod": BEFORE, "block_size": (128, 128)}, "cudnn_mask", "fa4_functions"),
+    ({"score_mod": SOFT}, "cudnn_score_mod", "fa4_functions"),
+    ({"dropout": True}, "cudnn_dropout", "fa4_dropout"),
+    ({"return_lse": True}, "cudnn_lse", ""),
+    ({"features": frozenset({"backward"})}, "cudnn_lse", ""),
+    ({"layout": "varlen"}, "cudnn_layout", "fa4_layout"),
+    ({"layout": "paged", "page_size": 16}, "cudnn_layout", "fa4_layout"),
+    ({"query_dtype": torch.float16}, "", "fa4_dtype"),
+    ({"head_size": 12, "value_head_size": 12}, "", "fa4_head_size"),
+    ({"head_size": 264, "value_head_size": 264}, "", "fa4_head_size"),
+    ({"head_size": 256, "value_head_size": 40}, "", ""),
 ])  # fmt: skip
-def test_what_cudnn_does_not_do_has_a_reason(fields: dict[str, Any], code: str) -> None:
-    found = engines.rule_for(replace(FULL, **fields), H100)
-    assert isinstance(found, Decline), found
-    assert found.code == code
+def test_what_an_engine_does_not_do_has_a_code(fields: dict[str, Any], cudnn: str, fa4: str) -> None:
+    problem = replace(FULL, **fields)
+    assert (declined("cudnn", problem), declined("fa4", problem)) == (cudnn, fa4)
+
+
+@pytest.mark.parametrize(("sizes", "code"), [
+    ((128, 128), ""), ((192, 128), ""), ((256, 256), ""), ((160, 160), "fa4_head_size"),
+])  # fmt: skip
+def test_data_centre_blackwell_has_head_sizes_of_its_own(sizes: tuple[int, int], code: str) -> None:
+    problem = replace(FULL, head_size=sizes[0], value_head_size=sizes[1])
+    assert declined("fa4", problem, B300) == code
+
+
+def test_consumer_blackwell_is_not_a_newer_data_centre_blackwell() -> None:
+    assert declined("fa4", FULL, RTX_5090) == "fa4_architecture"
+
+
+@pytest.mark.parametrize(("version", "code"), [(None, "fa4_missing"), ("4.0.0b1", "fa4_incompatible"), ("4.0.0b40", "")])  # fmt: skip
+def test_flash_attention_is_used_in_the_releases_that_this_was_written_for(
+    version: str | None, code: str
+) -> None:
+    assert declined("fa4", FULL, version=version) == code
 
 
 def test_a_device_that_was_not_measured_has_no_rule() -> None:
-    found = engines.rule_for(FULL, RTX_5090)
-    assert isinstance(found, Decline)
-    assert "was not measured for head sizes 128 and 128 on Blackwell" in found.reason
+    found = engines.rule_for("cudnn", FULL, RTX_5090)
+    assert isinstance(found, Decline) and found.code == "cudnn_unmeasured"
+    assert "on Blackwell for head sizes 128 and 128, full" in found.reason
+
+
+@pytest.mark.parametrize(
+    "rule", engines.RULES, ids=lambda r: f"{r.engine}-{r.head_size}-{r.causal}-{r.backward}"
+)
+def test_each_rule_is_of_an_engine_that_can_serve_its_problem(rule: engines.Rule) -> None:
+    features = frozenset({"backward"} if rule.backward else ())
+    problem = replace(
+        FULL,
+        head_size=rule.head_size,
+        value_head_size=rule.head_size,
+        is_causal=rule.causal,
+        features=features,
+    )
+    assert declined(rule.engine, problem) == ""
+    assert engines.rule_for(rule.engine, problem, H100) is rule
 
 
 def test_the_plan_says_from_which_length_on_cudnn_serves() -> None:
@@ -70,24 +122,174 @@ def test_the_plan_says_from_which_length_on_cudnn_serves() -> None:
     assert answer.description.endswith("cuDNN from 512 rows and keys on")
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 511, 64), (1, 2, 512, 64)])
-def test_short_calls_and_negative_scales_go_to_the_kernels(shape: tuple[int, ...]) -> None:
-    rule = engines.RULES[0]
-    run = engines.with_cudnn(lambda *arguments: "kernels", rule)
-    tensor = torch.zeros(shape)
-    assert run(tensor, tensor, tensor, None, -1.0, None) == "kernels"
-    if shape[2] < rule.least:
-        assert run(tensor, tensor, tensor, None, 1.0, None) == "kernels"
+def test_the_plan_offers_every_engine_that_can_serve_as_a_variant_to_measure() -> None:
+    pytest.importorskip("triton")
+    with_fa4 = attention.plan(FULL, replace(READY, fa4="4.0.0b36"))
+    without = attention.plan(FULL, READY)
+    training = attention.plan(replace(FULL, features=frozenset({"backward"})), READY)
+    assert isinstance(with_fa4, Plan) and isinstance(without, Plan) and isinstance(training, Plan)
+    assert list(with_fa4.variants) == ["triton", "fa4", "cudnn"]
+    assert list(without.variants) == ["triton", "cudnn"]
+    assert not training.variants
+    assert without.run is without.variants["cudnn"]
+
+
+@pytest.mark.parametrize(("rows", "keys", "causal", "served"), [
+    (511, 600, False, False), (512, 512, False, True), (600, 511, False, False),
+    (512, 700, True, True), (700, 512, True, False),
+])  # fmt: skip
+def test_an_engine_serves_long_calls_whose_causal_rows_all_have_a_key_of_their_own(
+    rows: int, keys: int, causal: bool, served: bool
+) -> None:
+    least = Least(512, causal)
+    query, key = torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, keys, 8)
+    assert least(query, key, 1.0) is served
+    assert not least(query, key, -1.0)
+    assert not least(query[:0], key[:0], 1.0)
+
+
+def test_keys_that_no_row_sees_are_not_given_to_an_engine() -> None:
+    query, key, value = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
+    assert [t.shape[2] for t in seen_keys(True, query, key, value)] == [3, 3]
+    assert [t.shape[2] for t in seen_keys(False, query, key, value)] == [5, 5]
+
+
+def odd_views(whole: Tensor) -> list[Tensor]:
+    odd = torch.cat([torch.zeros(1), whole.flatten()])[1:].view(whole.shape)
+    return [whole.transpose(1, 2), whole[:1].expand(2, 3, 5, 8), whole[..., :7], odd]
 
 
 def test_cudnn_is_given_contiguous_tensors_at_multiples_of_16_bytes() -> None:
     whole = torch.arange(2.0 * 3 * 5 * 8).view(2, 3, 5, 8)
-    assert engines.regular(whole) is whole
-    odd = torch.cat([torch.zeros(1), whole.flatten()])[1:].view(whole.shape)
-    for other in (whole.transpose(1, 2), whole[:1].expand(2, 3, 5, 8), whole[..., :7], odd):
-        found = engines.regular(other)
+    assert regular(whole) is whole
+    for other in odd_views(whole):
+        found = regular(other)
         assert found.is_contiguous() and found.data_ptr() % 16 == 0
         assert torch.equal(found, other)
+
+
+def test_flash_attention_is_given_what_bulk_copies_can_read_and_transposed_tensors_as_they_are() -> None:
+    whole = torch.arange(2.0 * 3 * 5 * 8).view(2, 3, 5, 8)
+    transposed, expanded, cut, odd = odd_views(whole)
+    for readable in (
+        whole,
+        transposed,
+        cut,
+    ):  # the rows of the last are 7 of 8 numbers, and begin at multiples of 32 bytes
+        assert aligned(readable) is readable
+    for other in (expanded, odd, whole.transpose(2, 3)):
+        found = aligned(other)
+        assert found.is_contiguous() and found.data_ptr() % 16 == 0
+        assert torch.equal(found, other)
+
+
+def test_a_package_that_does_not_import_is_named_once_and_the_kernels_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for function in (fa4._usable, fa4._functions):
+        function.cache_clear()
+    monkeypatch.setattr(fa4, "MODULE", "flash_attn_that_is_not_there")
+    serves = fa4.engine(FULL, 4).serves
+    tensor = torch.zeros(1, 2, 4, 8)
+    with pytest.warns(
+        BackendWarning, match="fails to import, and the Triton kernels serve instead; install it again"
+    ):
+        assert not serves(tensor, tensor, 1.0)
+    fa4._usable.cache_clear()
+
+
+# ---------------------------------------------------------------------------- how FlashAttention-4 is called
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Plain attention of (B, H, L, E), aligned at the bottom right as FlashAttention-4 is; output and LSE."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    scores = query @ key.mT * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
+        scores = scores.masked_fill(hidden, -math.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace its two functions by plain ones with their arguments, (B, L, H, E); returns what they are called with."""
+    calls: list[dict[str, Any]] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> None:
+        calls.append(rest)
+        out, lse = attend(*(t.transpose(1, 2) for t in (q, k, v)), rest["softmax_scale"], rest["causal"])
+        rest["out"].copy_(out.transpose(1, 2))
+        if rest["lse"] is not None:
+            rest["lse"].copy_(lse)
+
+    def backward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **rest: Any
+    ) -> None:
+        calls.append(rest)
+        leaves = [t.transpose(1, 2).detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            ends = attend(*leaves, rest["softmax_scale"], rest["causal"])
+            above = [dout.transpose(1, 2), torch.zeros_like(lse) if rest["dlse"] is None else rest["dlse"]]
+            found = torch.autograd.grad(ends, leaves, above)
+        for name, gradient in zip(("dq", "dk", "dv"), found, strict=True):
+            rest[name].copy_(gradient.transpose(1, 2))
+
+    monkeypatch.setattr(fa4, "_functions", lambda: (forward, backward))
+    monkeypatch.setattr(fa4, "_usable", lambda: True)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "causal"), [(6, 6, True), (6, 9, True), (6, 9, False), (9, 6, False)]
+)
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_its_results_are_those_of_the_specification_at_any_lengths(
+    monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, causal: bool, with_lse: bool
+) -> None:
+    calls = stand_in(monkeypatch)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, n, 8) for h, n in ((4, rows), (2, keys), (2, keys)))
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    problem = replace(FULL, is_causal=causal, return_lse=with_lse)
+    out, lse = fa4.engine(problem, 4).forward(query, key, value, 0.3)
+    exact, its_lse = torchhal.attention(
+        query, key, value, is_causal=causal, scale=0.3, enable_gqa=True, return_lse=True, backend="reference"
+    )
+    torch.testing.assert_close(out, exact)
+    assert out.stride() == query.stride()
+    if with_lse:
+        torch.testing.assert_close(lse, its_lse)
+    assert lse.numel() == (2 * 4 * rows if with_lse else 0)
+    assert calls[0]["num_splits"] == 1 and calls[0]["return_lse"] is with_lse
+
+
+@pytest.mark.parametrize(("rows", "keys", "causal"), [(6, 6, True), (6, 9, True), (6, 9, False)])
+@pytest.mark.parametrize("through_lse", [False, True])
+def test_its_gradients_are_deterministic_those_of_autograd_and_zero_for_keys_that_no_row_sees(
+    monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, causal: bool, through_lse: bool
+) -> None:
+    calls = stand_in(monkeypatch)
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, rows), (2, keys), (2, keys))]
+    ends = torchhal.attention(
+        *leaves, is_causal=causal, scale=0.3, enable_gqa=True, return_lse=True, backend="reference"
+    )
+    above, lse_above = torch.randn(2, 4, rows, 8), torch.randn(2, 4, rows) if through_lse else None
+    given = [above, torch.zeros(2, 4, rows) if lse_above is None else lse_above]
+    expected = torch.autograd.grad(ends, leaves, given)  # type: ignore[arg-type]
+    backward = fa4.engine(replace(FULL, is_causal=causal), 4).backward
+    assert backward is not None
+    tensors = [t.detach() for t in leaves]
+    found = backward(*tensors, 0.3, *(t.detach() for t in ends), above, lse_above)
+    for got, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, truth)
+    if causal and keys > rows:
+        assert not found[1][:, :, rows:].any() and not found[2][:, :, rows:].any()
+    assert calls[-1]["deterministic"] is True
+
+
+# ---------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.hardware

@@ -30,6 +30,8 @@ from torchhal.registry import Registry
 EFFORT: Final = Effort(repetitions=5, budget=0.5, limit=10.0, most=20)
 
 
+OF: Final = ":"
+"""Between a backend and a variant of its plan, where they are named together."""
 DECODE: Final = Shape(1, 1, 1024)
 PROMPT: Final = Shape(1, 512, 512)
 
@@ -74,7 +76,7 @@ class Tuned:
 
     @property
     def chosen(self) -> str | None:
-        """The fastest backend, None without one."""
+        """The fastest backend, and behind a colon the variant of its plan where it has some; None without one."""
         return next(iter(self.seconds), None)
 
     def _names(self) -> list[str]:
@@ -82,8 +84,10 @@ class Tuned:
 
     def entry(self) -> dict[str, Any]:
         """The problem's entry in a lock file."""
+        backend, _, variant = (self.chosen or "").partition(OF)
         return {
-            "backend": self.chosen,
+            "backend": backend or None,
+            **({"variant": variant} if variant else {}),
             "seconds": self.seconds,
             "measurements": [m.to_dict() for m in self.measurements],
         }
@@ -150,7 +154,7 @@ def default_shapes(problem: Problem) -> list[Shape]:
 def tune(
     problem: Problem, registry: Registry, shapes: Sequence[Shape] | None = None, effort: Effort = EFFORT
 ) -> Tuned:
-    """Measure every backend that has a plan for ``problem``, the reference included.
+    """Measure every backend that has a plan for ``problem``, each variant of the plan, and the reference.
 
     Each result is first checked against float64; a backend that is wrong is reported and never chosen.
 
@@ -163,12 +167,25 @@ def tune(
     """
     answers = {name: backend.ask(problem) for name, backend in registry.backends.items()}
     declined = {name: answer for name, answer in answers.items() if isinstance(answer, Decline)}
-    plans = {name: answer for name, answer in answers.items() if isinstance(answer, Plan)}
+    plans = variants({name: answer for name, answer in answers.items() if isinstance(answer, Plan)})
     reason = _obstacle(problem, plans)
     if reason or not isinstance(problem, AttentionProblem):
         return Tuned(problem, (), declined, reason)
     measured = tuple(_measure(problem, plans, shape, effort) for shape in shapes or default_shapes(problem))
     return Tuned(problem, measured, declined)
+
+
+def variants(plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """The plans by backend, those that come in variants as ``backend:variant``, each of them."""
+    found: dict[str, Plan] = {}
+    for name, plan in plans.items():
+        if not plan.variants:
+            found[name] = plan
+        for variant in plan.variants:
+            chosen = plan.variant(variant)
+            assert chosen is not None
+            found[f"{name}{OF}{variant}"] = chosen
+    return found
 
 
 def _obstacle(problem: Problem, plans: Mapping[str, Plan]) -> str:
