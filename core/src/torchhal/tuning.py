@@ -21,8 +21,9 @@ from torch import Tensor
 
 from torchhal import lock
 from torchhal.bench import accuracy
+from torchhal.bench.candidates import OF, named_variants
 from torchhal.bench.cases import Inputs, Shape, random_inputs
-from torchhal.bench.timing import Effort, Timing, interleaved, synchronizer
+from torchhal.bench.timing import Effort, Timing, timed
 from torchhal.errors import ConfigurationError
 from torchhal.problems import AttentionProblem, Decline, Plan, Problem
 from torchhal.registry import Registry
@@ -30,8 +31,6 @@ from torchhal.registry import Registry
 EFFORT: Final = Effort(repetitions=5, budget=0.5, limit=10.0, most=20)
 
 
-OF: Final = ":"
-"""Between a backend and a variant of its plan, where they are named together."""
 DECODE: Final = Shape(1, 1, 1024)
 PROMPT: Final = Shape(1, 512, 512)
 
@@ -167,25 +166,17 @@ def tune(
     """
     answers = {name: backend.ask(problem) for name, backend in registry.backends.items()}
     declined = {name: answer for name, answer in answers.items() if isinstance(answer, Decline)}
-    plans = variants({name: answer for name, answer in answers.items() if isinstance(answer, Plan)})
+    plans = {
+        key: plan
+        for name, answer in answers.items()
+        if isinstance(answer, Plan)
+        for key, plan in named_variants(name, answer).items()
+    }
     reason = _obstacle(problem, plans)
     if reason or not isinstance(problem, AttentionProblem):
         return Tuned(problem, (), declined, reason)
     measured = tuple(_measure(problem, plans, shape, effort) for shape in shapes or default_shapes(problem))
     return Tuned(problem, measured, declined)
-
-
-def variants(plans: Mapping[str, Plan]) -> dict[str, Plan]:
-    """The plans by backend, those that come in variants as ``backend:variant``, each of them."""
-    found: dict[str, Plan] = {}
-    for name, plan in plans.items():
-        if not plan.variants:
-            found[name] = plan
-        for variant in plan.variants:
-            chosen = plan.variant(variant)
-            assert chosen is not None
-            found[f"{name}{OF}{variant}"] = chosen
-    return found
 
 
 def _obstacle(problem: Problem, plans: Mapping[str, Plan]) -> str:
@@ -211,7 +202,7 @@ def _measure(
     expected = accuracy.expectation(inputs, problem.is_causal)
     faults = {name: _fault(call, expected) for name, call in calls.items()}
     right = {name: call for name, call in calls.items() if not faults[name]}
-    timings = interleaved(right, effort, synchronizer(problem.device))
+    timings = timed(right, effort, problem.device)
     return Measurement(shape, timings, {name: fault for name, fault in faults.items() if fault})
 
 

@@ -154,8 +154,9 @@ def engine(problem: AttentionProblem, least: int) -> Engine:
         for part, result in zip(parts, results, strict=True):
             if result is not part:
                 part.copy_(result)
-        for whole, part in zip(found[1:], parts[1:], strict=True):
-            whole[:, :, part.shape[2] :] = 0
+        if keys.shape[2] < key.shape[2]:
+            for whole in found[1:]:
+                whole[:, :, keys.shape[2] :] = 0
         return found
 
     lengths = Least(least, causal)
