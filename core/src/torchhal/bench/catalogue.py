@@ -114,7 +114,13 @@ def _on_accelerators() -> Iterable[Case]:
     """Prefill and gradients of 4 sequences with 16 query heads over 4, decoding with 32 over 8, in bfloat16."""
     few: dict[str, Any] = {"batch": 4, "heads": 16, "kv_heads": 4, "dtype": torch.bfloat16}
     long: dict[str, Any] = {**few, "length": 4096, "keys": 4096}
-    decode: dict[str, Any] = {"heads": 32, "kv_heads": 8, "length": 1, "head_size": 128, "dtype": torch.bfloat16}
+    decode: dict[str, Any] = {
+        "heads": 32,
+        "kv_heads": 8,
+        "length": 1,
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+    }
     for size in (64, 128):
         for causal, name in ((True, "causal"), (False, "full")):
             yield Dense(f"{name}-4096-d{size}", head_size=size, causal=causal, **long)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,7 +11,9 @@ from torch import Tensor
 
 from torchhal.operands import AttentionOperands, empty_output
 from torchhal.portable import gradients, unavailable
+from torchhal.portable.backward import Backward
 from torchhal.portable.engine import Engine
+from torchhal.portable.fitting import fitting, on_device
 from torchhal.portable.launch import Launcher
 from torchhal.portable.replay import MOST, Recording, kind_of, tensors_of
 from torchhal.portable.shapes import Shape, shape_of
@@ -76,7 +76,8 @@ def runner(problem: AttentionProblem, tuning: Tuning = PLAIN, engine: Engine | N
         engine: who computes the calls that it serves.
     """
     if gradients.are_wanted(problem):
-        return gradients.differentiable(passes(problem, tuning, engine), problem)
+        attend = forward(replace(problem, return_lse=True), tuning, engine)
+        return gradients.differentiable(gradients.Passes(attend, Backward(problem, tuning, engine)), problem)
     return forward(problem, tuning, engine)
 
 
@@ -143,106 +144,6 @@ def forward(problem: AttentionProblem, tuning: Tuning, engine: Engine | None = N
 
 
 _NOTHING: Final = AttentionOperands()
-
-
-def passes(problem: AttentionProblem, tuning: Tuning, engine: Engine | None = None) -> gradients.Passes:
-    """Both directions of a problem."""
-    attend = forward(replace(problem, return_lse=True), tuning, engine)
-    launcher = gradients.GradientLauncher(problem, tuning.precision)
-    known = [tuning.query_gradient(problem), tuning.key_gradient(problem)]
-
-    def backward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        scale: float,
-        operands: AttentionOperands,
-        out: Tensor,
-        lse: Tensor,
-        above: Tensor,
-        lse_above: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        pages, lengths = (key, value), None
-        if problem.layout == "paged":
-            assert operands.page_table is not None and operands.seq_lens is not None
-            lengths = operands.seq_lens.contiguous()
-            key, value = (gradients.out_of_pages(tensor, operands.page_table) for tensor in pages)
-        pull = None if engine is None or not engine.serves(query, key, scale) else engine.backward
-        if pull is not None and query.numel():
-            found = pull(query, key, value, scale, out, lse, above, lse_above)
-            if not launcher.may_hide:
-                return found
-        else:
-            pull = None
-            kind = torch.float32 if problem.layout == "paged" else None
-            found = (
-                torch.empty_like(query),
-                torch.empty_like(key, dtype=kind),
-                torch.empty_like(value, dtype=kind),
-            )
-        with on_device(query):
-            delta = launcher.sum_rows(out, above, lse, lse_above)
-            shape = (
-                gradients.dense_shape(query, key)
-                if lengths is not None
-                else shape_of(problem, query, key, operands)
-            )
-            given = gradients.Arguments(
-                query, key, value, attn_mask, scale, operands, above, lse, delta, shape, lengths
-            )
-            if query.numel():
-                known[0] = fitting(launcher.query_gradient, known[0], given, found[0], pull is not None)
-            if found[1].numel() or found[2].numel():
-                known[1] = fitting(launcher.key_gradients, known[1], given, *found[1:], pull is not None)
-        if lengths is not None:
-            assert operands.page_table is not None
-            key, value = (
-                gradients.into_pages(x, like, operands.page_table)
-                for x, like in zip(found[1:], pages, strict=True)
-            )
-            return found[0], key, value
-        return found
-
-    return gradients.Passes(attend, backward)
-
-
-def fitting(launcher: Callable[..., None], tiles: Tiles, *arguments: Any) -> Tiles:
-    """Launch with these tiles or, where the device has too little memory for them, with the largest that fit.
-
-    How much a kernel needs is known once its user's functions are compiled into it; so the tiles are tried.
-    """
-    while True:
-        try:
-            launcher(tiles, *arguments)
-        except Exception as error:
-            found = tiles.smaller() if is_out_of_resources(error) else None
-            if found is None:
-                raise
-            tiles = found
-        else:
-            return tiles
-
-
-def is_out_of_resources(error: Exception) -> bool:
-    """Whether a kernel was refused for the memory or the registers that it asks for."""
-    from triton.runtime.errors import OutOfResources
-
-    return isinstance(error, OutOfResources)
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    if tensor.device.type == "cpu":
-        return _NOWHERE
-    module = _module_of(tensor.device.type)
-    if module.current_device() == tensor.device.index:
-        return _NOWHERE
-    return module.device(tensor.device)  # type: ignore[no-any-return]
-
-
-_NOWHERE: Final = nullcontext()
-_module_of = functools.cache(torch.get_device_module)
 
 
 def is_decode(shape: Shape, problem: AttentionProblem, operands: AttentionOperands) -> bool:

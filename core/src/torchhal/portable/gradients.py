@@ -133,13 +133,15 @@ class GradientLauncher(Launcher):
 
     def __init__(self, problem: AttentionProblem, precision: str, start: Start = start) -> None:
         super().__init__(problem, precision, start)
+        self.rooms: list[Tensor] | None = None
+        """The workspace of the launches of one call, in the order in which it was made; None where they are not recorded."""
         self.slope = None if problem.score_mod is None else slope_of(problem.score_mod)
 
     def sum_rows(self, out: Tensor, above: Tensor, lse: Tensor, lse_above: Tensor | None) -> Tensor:
         """delta: for each row the sum of ``out * above``, less the gradient of its LSE; float32, laid out as the LSE."""
         from torchhal.portable.backward_kernels import delta_kernel
 
-        delta = torch.empty_like(lse)
+        delta = self._room(torch.empty_like(lse))
         batch = out.shape[0] if out.dim() == 4 else 1
         rows, heads = (out.shape[2], out.shape[1]) if out.dim() == 4 else (out.shape[0], out.shape[1])
         if delta.numel():
@@ -200,7 +202,13 @@ class GradientLauncher(Launcher):
         """Room for each program to say that its result is not finite; None where no pair is hidden from another."""
         if not self.may_hide and given.operands.kv_num_blocks is None:
             return None
-        return torch.empty(programs, dtype=torch.int32, device=given.query.device)
+        return self._room(torch.empty(programs, dtype=torch.int32, device=given.query.device))
+
+    def _room(self, made: Tensor) -> Tensor:
+        """Workspace of one call, remembered where its launches are recorded."""
+        if self.rooms is not None:
+            self.rooms.append(made)
+        return made
 
     def _find_strange(self, strange: Tensor | None, programs: int, block: int, *gradients: Tensor) -> None:
         """Say for each program's tile of some (B, H, L, E) whether one of them holds what is not finite."""
