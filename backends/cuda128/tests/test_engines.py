@@ -15,7 +15,7 @@ from torchhal.errors import BackendWarning
 from torchhal.pointwise import capture
 from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal_cuda128 import attention, engines, fa4
-from torchhal_cuda128.hardware import Device, Hardware
+from torchhal_cuda128.hardware import Device, Hardware, observe
 from torchhal_cuda128.lengths import Least, aligned, regular, seen_keys
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, 132)
@@ -65,21 +65,24 @@ BEFORE = capture(lambda b, h, q, k: k <= q, INDICES).graph
     ({"layout": "varlen"}, "cudnn_layout", "fa4_layout"),
     ({"layout": "paged", "page_size": 16}, "cudnn_layout", "fa4_layout"),
     ({"query_dtype": torch.float16}, "", "fa4_dtype"),
-    ({"head_size": 12, "value_head_size": 12}, "", "fa4_head_size"),
-    ({"head_size": 264, "value_head_size": 264}, "", "fa4_head_size"),
-    ({"head_size": 256, "value_head_size": 40}, "", ""),
+    ({"head_size": 16, "value_head_size": 16}, "cudnn_head_size", "fa4_head_size"),
+    ({"value_head_size": 64}, "cudnn_head_size", "fa4_head_size"),
 ])  # fmt: skip
 def test_what_an_engine_does_not_do_has_a_code(fields: dict[str, Any], cudnn: str, fa4: str) -> None:
     problem = replace(FULL, **fields)
     assert (declined("cudnn", problem), declined("fa4", problem)) == (cudnn, fa4)
 
 
-@pytest.mark.parametrize(("sizes", "code"), [
-    ((128, 128), ""), ((192, 128), ""), ((256, 256), ""), ((160, 160), "fa4_head_size"),
-])  # fmt: skip
-def test_data_centre_blackwell_has_head_sizes_of_its_own(sizes: tuple[int, int], code: str) -> None:
+@pytest.mark.parametrize("device", [H100, B300], ids=lambda d: str(d.name))
+@pytest.mark.parametrize(
+    ("sizes", "served"), [((64, 64), True), ((128, 128), True), ((16, 16), False), ((128, 64), False)]
+)
+def test_an_engine_serves_the_head_sizes_at_which_it_was_found_to_be_right(
+    sizes: tuple[int, int], served: bool, device: Device
+) -> None:
     problem = replace(FULL, head_size=sizes[0], value_head_size=sizes[1])
-    assert declined("fa4", problem, B300) == code
+    assert (declined("fa4", problem, device) == "") is served
+    assert (declined("cudnn", problem, device) == "") is served
 
 
 def test_consumer_blackwell_is_not_a_newer_data_centre_blackwell() -> None:
@@ -309,6 +312,82 @@ def test_full_attention_on_a_real_device_is_accurate_and_the_same_bits_for_any_s
     gaps = [torch.cat([t, t[..., :3]], -1)[..., :size] for t in tensors]
     for others in (turned, gaps):
         assert torch.equal(attend(*others), out)
+
+
+def variants(causal: bool, size: int, training: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Every way this GPU has to compute a problem, by name; Triton's kernels first."""
+    problem = replace(
+        FULL, features=frozenset({"backward"} if training else ()), query_dtype=dtype, key_dtype=dtype, value_dtype=dtype,
+        query_heads=8, key_heads=2, head_size=size, value_head_size=size, is_causal=causal, return_lse=training,
+    )  # fmt: skip
+    plan = attention.plan(problem, observe())
+    assert isinstance(plan, Plan), plan
+    return dict(plan.variants)
+
+
+def drawn(rows: int, keys: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(2, h, n, size, device="cuda", dtype=dtype) for h, n in ((8, rows), (2, keys), (2, keys))
+    ]
+
+
+@pytest.mark.hardware
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "keys"), [(600, 600), (513, 777)])
+def test_each_engine_of_a_real_device_is_accurate_deterministic_and_differentiable(
+    rows: int, keys: int, causal: bool, size: int
+) -> None:
+    tensors = drawn(rows, keys, size)
+    above, lse_above = torch.randn_like(tensors[0]), torch.randn(2, 8, rows, device="cuda")
+
+    def pulled(run: Any, wide: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(wide).requires_grad_() for t in tensors]
+        out, lse = run(*leaves)
+        return [
+            out.detach(),
+            *torch.autograd.grad((out, lse), leaves, (above.to(wide), lse_above.to(lse.dtype))),
+        ]
+
+    def reference(*leaves: Tensor) -> Any:
+        rules: dict[str, Any] = {
+            "is_causal": causal,
+            "enable_gqa": True,
+            "return_lse": True,
+            "backend": "reference",
+        }
+        return torchhal.attention(*leaves, **rules)
+
+    exact, plain = pulled(reference, torch.float64), pulled(reference, torch.bfloat16)
+    for name, run in variants(causal, size, True).items():
+        found, again = (
+            pulled(lambda *t, r=run: r(*t, None, size**-0.5, None), torch.bfloat16) for _ in range(2)
+        )
+        for a, b, truth, baseline in zip(found, again, exact, plain, strict=True):
+            assert torch.equal(a, b), name
+            assert (a - truth).abs().max() <= 3 * (
+                baseline - truth
+            ).abs().max() + 2**-7 * truth.abs().max(), name
+
+
+@pytest.mark.hardware
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("place", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_reaches_the_same_places_by_each_engine(place: int, size: int) -> None:
+    tensors = drawn(600, 600, size)
+    tensors[place][1, 0, 333, 5] = math.nan
+    finite: dict[str, list[Tensor]] = {}
+    for name, run in variants(True, size, True).items():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out, lse = run(*leaves, None, size**-0.5, None)
+        results = (out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        finite[name] = [t.isfinite() for t in results]
+    for name, run in variants(True, size, False).items():
+        finite[f"{name}, no gradients"] = [run(*tensors, None, size**-0.5, None).isfinite()]
+    expected = finite["triton"]
+    for name, found in finite.items():
+        assert all(map(torch.equal, found, expected)), name
 
 
 @pytest.mark.hardware

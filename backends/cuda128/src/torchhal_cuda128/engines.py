@@ -39,14 +39,20 @@ class Rule:
     least: int
     """Query rows, and keys, from which on it was."""
     measured: str
-    """Microseconds of the engine and of the Triton kernels, the host's time included, by length."""
+    """Microseconds of the engine, mending included, and of the Triton kernels, by length; with gradients of both passes together."""
 
 
 RULES: Final = (
-    Rule("cudnn", 9, 64, False, False, 512, "512: 19 and 35; 1024: 47 and 65; 2048: 155 and 179; 4096: 590 and 687"),
-    Rule("cudnn", 9, 128, False, False, 512, "512: 25 and 31; 1024: 63 and 85; 2048: 218 and 295; 4096: 891 and 1147"),
+    Rule("fa4", 9, 64, True, True, 4096, "4096: 1647 and 1884; 2048: 1392 and 1009"),
+    Rule("fa4", 9, 128, True, True, 4096, "4096: 2917 and 3452; 2048: 1326 and 1349"),
+    Rule("fa4", 9, 64, False, True, 4096, "4096: 2461 and 3252; 2048: 1074 and 1020"),
+    Rule("fa4", 9, 128, False, True, 2048, "4096: 4388 and 5926; 2048: 1674 and 1760; 1024: 980 and 871"),
+    Rule("cudnn", 9, 64, True, False, 2048, "4096: 360 and 405; 2048: 110 and 125; 1024: 45 and 43"),
+    Rule("cudnn", 9, 128, True, False, 2048, "4096: 570 and 677; 2048: 190 and 209; 1024: 93 and 88"),
+    Rule("cudnn", 9, 64, False, False, 512, "4096: 599 and 764; 2048: 155 and 206; 1024: 46 and 67; 512: 18 and 30"),
+    Rule("cudnn", 9, 128, False, False, 512, "4096: 866 and 1239; 2048: 218 and 368; 1024: 62 and 149; 512: 36 and 117"),
 )  # fmt: skip
-"""H100, torch 2.11.0+cu130, Triton 3.6.0, cuDNN 9.19, 2026-11-25: bfloat16, B=4, 16 query heads over 4, L = S."""
+"""H100, torch 2.11.0+cu130, Triton 3.6.0, cuDNN 9.19, flash-attn-4 4.0.0b36, 2026-11-25: bfloat16, B=4, 16 query heads over 4, L = S."""
 
 UNMEASURED: Final = 512
 """Rows and keys from which on an engine without a rule serves, where a user's own measurement chose it."""
@@ -99,6 +105,12 @@ def _cudnn_declines(problem: AttentionProblem) -> Decline | None:
         return Decline("cudnn_score_mod", "cuDNN takes no functions")
     if problem.dropout:
         return Decline("cudnn_dropout", "cuDNN draws other random numbers than the specification's")
+    sizes = problem.head_size, problem.value_head_size
+    if sizes[0] != sizes[1] or sizes[0] not in fa4.HEAD_SIZES:
+        return Decline(
+            "cudnn_head_size",
+            f"cuDNN is used at head sizes 64 and 128, where it was tried, not at {sizes[0]} and {sizes[1]}",
+        )
     if gradients.are_wanted(problem) or problem.return_lse:
         return Decline("cudnn_lse", "the LSE, which gradients start from, is taken from the Triton kernels")
     return None
