@@ -116,6 +116,15 @@ def test_accelerators_have_cases_of_their_own_all_in_bfloat16_with_every_kind() 
     assert catalogue.chosen(None) == list(catalogue.ATTENTION)
 
 
+@pytest.mark.parametrize("name", ["cuda:77", "warp drive"])
+def test_a_device_that_torch_can_not_use_is_named_with_the_way_to_find_out_why(name: str) -> None:
+    with pytest.raises(
+        InvalidProblem, match=rf"can not compute on the device '{name}' here \(.+\); `torchhal doctor` says"
+    ):
+        choice.usable_device(name)
+    assert choice.usable_device("cpu") == CPU
+
+
 def test_each_variant_of_a_plan_is_a_candidate_of_its_own(install: Any) -> None:
     def answer(problem: AttentionProblem) -> Plan:
         run = reference_plan(problem).run

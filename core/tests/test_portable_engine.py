@@ -71,7 +71,7 @@ def runs(query: Tensor, key: Tensor, causal: bool, using: Engine | None, gradien
 
 
 def tensors(rows: int = 40, keys: int = 40) -> list[Tensor]:
-    return [t.to(DEVICE) for t in qkv(2, 4, 2, rows, keys, 16, 16, FLOAT)]
+    return [t.to(DEVICE) for t in qkv(2, 2, 1, rows, keys, 16, 16, FLOAT)]
 
 
 def test_a_finite_result_stays_as_the_engine_wrote_it_bit_for_bit() -> None:
@@ -87,8 +87,7 @@ def test_a_call_that_the_engine_does_not_serve_is_computed_by_the_kernels() -> N
     torch.testing.assert_close(out, leaky(*given, SCALE, True)[0], rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wild", [NAN, INF, -INF])
-@pytest.mark.parametrize("of", ["key", "value"])
+@pytest.mark.parametrize(("of", "wild"), [("key", NAN), ("key", INF), ("value", NAN), ("value", -INF)])
 def test_what_a_hidden_key_holds_reaches_only_the_rows_that_see_it(wild: float, of: str) -> None:
     given = tensors()
     clean, clean_lse = leaky(*given, SCALE, True)  # type: ignore[arg-type]
@@ -116,8 +115,8 @@ def test_only_tiles_that_are_not_finite_are_computed_again() -> None:
     whole, _ = leaky(*given, SCALE, True)  # type: ignore[arg-type]
     first = 69 // rows * rows
     assert 0 < first < 69
-    # The engine leaked into every row of these heads, so all their tiles are mended; those of the others stay marked.
-    assert torch.equal(out[0], whole[0] * 7.0) and torch.equal(out[1, 2:], whole[1, 2:] * 7.0)
+    # The engine leaked into every row of these heads, so all their tiles are mended; those of the other sequence stay marked.
+    assert torch.equal(out[0], whole[0] * 7.0)
     exact, _ = runs(given[0], given[1], True, None)(*given)
     assert torch.equal(out[1, :2, :69], exact[1, :2, :69])
 
@@ -154,8 +153,9 @@ def test_finite_gradients_stay_as_the_engine_wrote_them_bit_for_bit() -> None:
         assert torch.equal(got, truth * 7.0)
 
 
-@pytest.mark.parametrize("where", ["query", "key", "value", "above"])
-@pytest.mark.parametrize("wild", [NAN, INF])
+@pytest.mark.parametrize(("where", "wild"), [
+    ("query", NAN), ("key", NAN), ("value", NAN), ("value", INF), ("above", INF),
+])  # fmt: skip
 def test_gradients_are_not_finite_where_the_kernels_alone_have_them_so_and_nowhere_else(
     where: str, wild: float
 ) -> None:

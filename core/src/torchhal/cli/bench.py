@@ -78,10 +78,11 @@ def attention(
         chart.require_matplotlib()
         if not plot.absolute().parent.is_dir():
             usage(f"there is no folder {plot.absolute().parent} to draw {plot.name} into")
-    found, where = registry(), torch.device(device)
+    found = registry()
     if backend is not None:
         found.get(backend)
     try:
+        where = choice.usable_device(device)
         cases = measuring.select_cases(select, quick, where)
     except InvalidProblem as error:
         usage(str(error))
