@@ -12,17 +12,31 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_backends import backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from installed_backends import Site
 
 import torchhal
-from torchhal.bench import accuracy, attention, candidates, catalogue, ceilings, chart, choice, idle, overhead
+from torchhal.bench import (
+    accuracy,
+    attention,
+    candidates,
+    catalogue,
+    ceilings,
+    chart,
+    choice,
+    idle,
+    overhead,
+    timing,
+)  # fmt: skip
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.ceilings import Ceilings
 from torchhal.bench.dense import Dense
 from torchhal.bench.timing import Effort, Timing, interleaved, quantile
 from torchhal.errors import BackendNotFound, InvalidProblem, Unsupported
+from torchhal.problems import AttentionProblem, Plan
+from torchhal.reference.attention import plan as reference_plan
 from torchhal.registry import registry
 
 CPU = torch.device("cpu")
@@ -52,6 +66,78 @@ def test_candidates_take_turns_and_are_warmed_up_first() -> None:
     found = interleaved({"a": lambda: call("a"), "b": lambda: call("b")}, BRIEF)
     assert "".join(order) == "aabb" + "ab" * 3
     assert all(len(timing.seconds) == 3 and timing.best >= 1e-3 for timing in found.values())
+
+
+class Clock:
+    """An event of a device that works while the host waits."""
+
+    def __init__(self, device: object, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Clock) -> float:
+        return (other.time - self.time) * 1e3
+
+
+def test_on_a_device_its_own_clock_counts_and_the_hosts_time_stands_beside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "Event", Clock)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "_CACHE", 1 << 10)
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    calls = {"a": lambda: call("a", 2e-3), "b": lambda: call("b", 1e-4)}
+    found = timing.on_device(calls, BRIEF, CPU)
+    assert found["a"].median >= 2e-3 > found["b"].median
+    assert found["a"].host is not None and found["a"].host >= 2e-3
+    assert "host" in found["a"].to_dict() and interleaved(calls, BRIEF)["a"].host is None
+    turns = "".join(name for i, name in enumerate(order) if i == 0 or order[i - 1] != name)
+    assert turns.startswith("abab"), "candidates take turns"
+
+
+def test_accelerators_have_cases_of_their_own_all_in_bfloat16_with_every_kind() -> None:
+    cases = catalogue.chosen(None, torch.device("cuda"))
+    assert {case.dtype for case in cases} == {torch.bfloat16}
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.kind for case in cases} >= {
+        "dense", "backward", "ALiBi and soft-cap", "sliding window", "documents", "paged decode"
+    }  # fmt: skip
+    assert all(case.heads == 4 * case.kv_heads for case in cases)
+    assert catalogue.chosen(None) == list(catalogue.ATTENTION)
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "warp drive"])
+def test_a_device_that_torch_can_not_use_is_named_with_the_way_to_find_out_why(name: str) -> None:
+    with pytest.raises(
+        InvalidProblem, match=rf"can not compute on the device '{name}' here \(.+\); `torchhal doctor` says"
+    ):
+        choice.usable_device(name)
+    assert choice.usable_device("cpu") == CPU
+
+
+def test_each_variant_of_a_plan_is_a_candidate_of_its_own(install: Any) -> None:
+    def answer(problem: AttentionProblem) -> Plan:
+        run = reference_plan(problem).run
+        return Plan(run, variants={"one": run, "two": run})
+
+    install("many", backend("many", answer))
+    inputs = TINY.inputs(CPU)
+    found = TINY.bind(CPU).own[0].candidates(TINY, registry().get("many"))
+    assert [c.name for c in found] == ["many", "many:one", "many:two"]
+    assert all(c.ours and c.backend == "many" and c.call is not None for c in found)
+    assert candidates.each_fused(inputs, True, lambda call: call) == [], (
+        "a processor has no fused kernels to choose"
+    )
 
 
 def test_a_short_call_is_repeated_until_a_timing_lasts() -> None:

@@ -49,6 +49,15 @@ def test_doctor_fails_for_a_probe_that_raises(site: Site) -> None:
     )
 
 
+def test_doctor_ends_each_backend_with_what_to_mend_and_how(site: Site) -> None:
+    fault = {"code": "no_fan", "reason": "the fan [left] is missing", "do": 'pip install "fan[left]>=2"'}
+    site.add("warm", probe=f"return {{'status': 'ready', 'mend': [{fault!r}]}}")
+    text = invoke("doctor").stdout
+    assert "the fan [left] is missing [no_fan]" in text
+    assert 'to mend it: pip install "fan[left]>=2"' in text
+    assert document("doctor")["backends"][0]["probe"]["findings"]["mend"] == [fault]
+
+
 def test_doctor_lists_the_variables_in_force_and_flags_misspelt_ones(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from test_reference_attention_layouts import packed, starts
 from torch import Tensor
 
 from torchhal.portable import attention, replay
+from torchhal.portable.backward import Backward
 from torchhal.portable.tiles import PLAIN, Tiles
 
 FLOAT = torch.float32
@@ -46,6 +47,44 @@ def test_a_second_call_of_the_same_shapes_computes_on_its_own_tensors(
         tensors = qkv(2, 4, 2, rows, 50, 16, 16, FLOAT, seed)
         close(call(*tensors, compute=compute, scale=0.25), oracle.attention(*tensors, scale=0.25))
     assert len(worked_out) == 1
+
+
+def test_a_second_backward_pass_of_the_same_shapes_computes_on_its_own_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[int] = []
+    real = Backward._launch
+
+    def launch(self: Any, *arguments: Any) -> None:
+        launched.append(1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Backward, "_launch", launch)
+    compute = interpreted.attention(PLAIN)
+    rules: dict[str, Any] = {"scale": 0.25, "is_causal": True, "features": frozenset({"backward"})}
+    for seed, value in enumerate([0.0, 0.0, float("nan")]):
+        leaves = [t.requires_grad_() for t in qkv(2, 4, 2, 20, 20, 16, 16, FLOAT, seed)]
+        with torch.no_grad():
+            leaves[2][1, 1, 11, 3] += value
+        above = torch.randn(2, 4, 20, 16), torch.randn(2, 4, 20)
+        found, fresh = (
+            torch.autograd.grad(call(*leaves, compute=how, **rules), leaves, above)
+            for how in (compute, interpreted.attention(PLAIN))
+        )
+        for got, expected in zip(found, fresh, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert len(launched) == 1 + 3  # of the first call, and of those that are compared with
+
+
+def test_a_recorded_backward_pass_keeps_no_tensor_alive() -> None:
+    compute = interpreted.attention(PLAIN)
+    leaves = [t.requires_grad_() for t in qkv(1, 2, 2, 20, 20, 16, 16, FLOAT)]
+    out, lse = call(*leaves, compute=compute, is_causal=True, features=frozenset({"backward"}))
+    found = torch.autograd.grad(out.sum(), leaves)
+    held = [weakref.ref(t) for t in (*leaves, *found)]
+    del out, lse, leaves, found
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
 
 
 def test_captured_tensors_and_lengths_are_those_of_the_call(worked_out: list[int]) -> None:

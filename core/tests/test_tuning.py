@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_backends import backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from installed_backends import Site
@@ -19,7 +21,8 @@ from torchhal.bench.cases import Shape, random_inputs
 from torchhal.bench.timing import Effort, Timing
 from torchhal.errors import BackendWarning, ConfigurationError
 from torchhal.pointwise import capture
-from torchhal.problems import AttentionProblem, MatmulProblem, Problem
+from torchhal.problems import AttentionProblem, MatmulProblem, Plan, Problem
+from torchhal.reference import attention as reference
 from torchhal.registry import registry
 
 CPU = torch.device("cpu")
@@ -70,6 +73,41 @@ def test_a_backend_that_declines_is_not_timed_and_its_reason_is_kept(site: Site)
     result = tuned(dataclasses.replace(PLAIN, head_size=13))
     assert set(result.seconds) == {"reference"}
     assert result.declined["picky"].code == "unlucky"
+
+
+def test_each_variant_of_a_plan_is_measured_and_the_lock_file_chooses_one(
+    install: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answer(problem: AttentionProblem) -> Plan:
+        right = reference.plan(problem).run
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.01)
+            return right(*arguments)
+
+        def wrong(*arguments: Any) -> Any:
+            return right(*arguments) * 2
+
+        return Plan(late, "late by itself", variants={"late": late, "prompt": right, "wrong": wrong})
+
+    install("many", backend("many", answer, preference={"cpu": 50}))
+    result = tuned()
+    assert set(result.seconds) == {"many:late", "many:prompt", "reference"}
+    assert "many:wrong" in result.measurements[0].wrong
+    prompt = dataclasses.replace(
+        result, measurements=(tuning.Measurement(SMALL[0], {"many:prompt": Timing((1.0,))}),)
+    )
+    assert (prompt.entry()["backend"], prompt.entry()["variant"]) == ("many", "prompt")
+    path = tmp_path / "lock.json"
+    monkeypatch.setenv("TORCHHAL_LOCK", str(path))
+    tuning.write_lock([prompt], registry(), path)
+    selection.reset()
+    found = route()
+    assert (found.chosen, found.description) == ("many", "late by itself; prompt, as measured")
+    lock.write(registry(), {PLAIN.text: {"backend": "many", "variant": "gone"}}, path)
+    selection.reset()
+    assert route().rule.endswith("without the variant 'gone', which many does not offer any more")
+    assert route().description == "late by itself"
 
 
 def test_gradients_are_part_of_the_call_where_the_problem_asks_for_them(site: Site) -> None:

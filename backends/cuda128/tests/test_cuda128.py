@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity
 from torchhal.problems import Decline, DeployProblem, ForeachProblem, Plan
 from torchhal.registry import Backend, verify
 from torchhal_cuda128 import deploy, plugin
-from torchhal_cuda128.hardware import Device, Hardware, describe, observe, unsuitable
+from torchhal_cuda128.doctor import describe
+from torchhal_cuda128.hardware import Device, Hardware, observe, unsuitable
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, 132)
 B200 = Device("NVIDIA B200", (10, 0), 180 << 30, 148)

@@ -19,7 +19,8 @@ Rules common to every hook
         is checked as it is made.
     May
         compile, measure, look at the hardware, keep state of its own, accept keyword arguments in any
-        order (pluggy passes by name; arguments that are not needed may be left out).
+        order (pluggy passes by name; arguments that are not needed may be left out); give a Plan ``variants``, other functions
+        like ``run`` for ``torchhal tune`` to measure on the user's machine.
     Must not
         touch tensors' data (a problem has none), change global torch state, start threads that outlive
         the call, or raise for a problem it merely can not do.

@@ -27,7 +27,7 @@ class Lock:
     path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By problem text: ``backend``, and the seconds measured for each."""
+    """By problem text: ``backend``, the ``variant`` of its plan where it has some, and the seconds measured for each."""
     stale: str = ""
     """What differs between the environment the file was measured in and this one; empty when it holds."""
 
@@ -37,6 +37,11 @@ class Lock:
             return None
         entry = self.entries.get(problem.text)
         return None if entry is None else str(entry["backend"])
+
+    def variant_for(self, problem: Problem) -> str | None:
+        """Which variant of that backend's plan was fastest; None for the plan as it is."""
+        variant = self.entries.get(problem.text, {}).get("variant")
+        return None if variant is None else str(variant)
 
 
 def default_path() -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Final
 
@@ -259,6 +259,10 @@ class Plan:
     """Of a matrix product: each of the problem's :data:`FUSIONS` that ``run`` does in a pass of its own, over a whole
     operand or result, and why. Empty promises that one pass does everything."""
 
+    variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict, hash=False)
+    """Other functions like ``run``, by name, that keep every promise of the plan too; which is fastest depends on the machine.
+    ``torchhal tune`` measures them beside ``run``, and the lock file may choose one of them."""
+
     def __post_init__(self) -> None:
         if not callable(self.run):
             raise InvalidProblem(f"the run of a Plan expects a function and got {self.run!r}")
@@ -268,6 +272,12 @@ class Plan:
                     f"the unfused of a Plan expects a reason for each of {', '.join(FUSIONS)} that it concerns; "
                     f"got {name!r}: {why!r}"
                 )
+
+    def variant(self, name: str) -> Plan | None:
+        """The plan with one of its :attr:`variants` for ``run``; None where it has none of that name."""
+        run = self.variants.get(name)
+        described = f"{self.description}; {name}, as measured"
+        return None if run is None else replace(self, run=run, description=described)
 
     def require_fused(self) -> Plan | Decline:
         """This plan, or for a caller that takes nothing unfused, the no that it amounts to."""
@@ -355,5 +365,6 @@ class BackendInfo:
     """Claim on each device type when nobody chose: higher goes first; the reference has 0 everywhere."""
     probe: Callable[[], Mapping[str, Any]] = dict
     """Looks at the hardware and returns what ``torchhal doctor`` shows: device names, driver, measured
-    ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not)."""
+    ceilings. May take seconds; must not raise; has the key ``status`` (``ready`` or why not), and may have ``mend``: a list
+    of dictionaries with a ``code``, a ``reason``, and what to ``do``, a command where there is one."""
     version: str = ""

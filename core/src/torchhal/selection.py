@@ -301,7 +301,11 @@ class _Selection:
             return None
         answer = self._ask(self.registry.backends[name])
         if isinstance(answer, Plan):
-            return self._choose(name, answer, f"the lock file {locked.path}")
+            variant, rule = locked.variant_for(self.problem), f"the lock file {locked.path}"
+            found = answer if variant is None else answer.variant(variant)
+            if found is None:
+                rule += f", without the variant {variant!r}, which {name} does not offer any more"
+            return self._choose(name, found or answer, rule)
         self._pass_over(name, answer)
         return None
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from torchhal import lock
 from torchhal.bench import accuracy
+from torchhal.bench.candidates import OF, named_variants
 from torchhal.bench.cases import Inputs, Shape, random_inputs
-from torchhal.bench.timing import Effort, Timing, interleaved, synchronizer
+from torchhal.bench.timing import Effort, Timing, timed
 from torchhal.errors import ConfigurationError
 from torchhal.problems import AttentionProblem, Decline, Plan, Problem
 from torchhal.registry import Registry
@@ -74,7 +75,7 @@ class Tuned:
 
     @property
     def chosen(self) -> str | None:
-        """The fastest backend, None without one."""
+        """The fastest backend, and behind a colon the variant of its plan where it has some; None without one."""
         return next(iter(self.seconds), None)
 
     def _names(self) -> list[str]:
@@ -82,8 +83,10 @@ class Tuned:
 
     def entry(self) -> dict[str, Any]:
         """The problem's entry in a lock file."""
+        backend, _, variant = (self.chosen or "").partition(OF)
         return {
-            "backend": self.chosen,
+            "backend": backend or None,
+            **({"variant": variant} if variant else {}),
             "seconds": self.seconds,
             "measurements": [m.to_dict() for m in self.measurements],
         }
@@ -150,7 +153,7 @@ def default_shapes(problem: Problem) -> list[Shape]:
 def tune(
     problem: Problem, registry: Registry, shapes: Sequence[Shape] | None = None, effort: Effort = EFFORT
 ) -> Tuned:
-    """Measure every backend that has a plan for ``problem``, the reference included.
+    """Measure every backend that has a plan for ``problem``, each variant of the plan, and the reference.
 
     Each result is first checked against float64; a backend that is wrong is reported and never chosen.
 
@@ -163,7 +166,12 @@ def tune(
     """
     answers = {name: backend.ask(problem) for name, backend in registry.backends.items()}
     declined = {name: answer for name, answer in answers.items() if isinstance(answer, Decline)}
-    plans = {name: answer for name, answer in answers.items() if isinstance(answer, Plan)}
+    plans = {
+        key: plan
+        for name, answer in answers.items()
+        if isinstance(answer, Plan)
+        for key, plan in named_variants(name, answer).items()
+    }
     reason = _obstacle(problem, plans)
     if reason or not isinstance(problem, AttentionProblem):
         return Tuned(problem, (), declined, reason)
@@ -194,7 +202,7 @@ def _measure(
     expected = accuracy.expectation(inputs, problem.is_causal)
     faults = {name: _fault(call, expected) for name, call in calls.items()}
     right = {name: call for name, call in calls.items() if not faults[name]}
-    timings = interleaved(right, effort, synchronizer(problem.device))
+    timings = timed(right, effort, problem.device)
     return Measurement(shape, timings, {name: fault for name, fault in faults.items() if fault})
 
 

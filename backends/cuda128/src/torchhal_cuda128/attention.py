@@ -1,11 +1,15 @@
-"""Plans for attention: the portable Triton kernels with tiles for this device."""
+"""Plans for attention: the portable Triton kernels with tiles for this device, behind an engine where one is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torchhal.portable import attention, gradients
+from torchhal.portable.tiles import Tuning
 from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal_cuda128 import engines, tiles
-from torchhal_cuda128.hardware import Hardware, unsuitable
+from torchhal_cuda128.hardware import Device, Hardware, unsuitable
 
 
 def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
@@ -21,17 +25,34 @@ def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
     refusal = attention.decline(problem)
     if refusal is not None:
         return refusal
-    run = attention.runner(problem, tuning)
-    rule = engines.rule_for(problem, device)
+    usable = [name for name, why in engines.able(problem, device, hardware.fa4).items() if why is None]
+    rule = _rule(problem, device, usable)
+    variants = {name: _run(problem, tuning, name, device) for name in ("triton", *usable)}
     return Plan(
-        run=engines.with_cudnn(run, rule) if isinstance(rule, engines.Rule) else run,
+        run=variants["triton" if rule is None else rule.engine],
+        variants=variants if usable else {},
         description=f"Triton, {device.architecture}, tiled prefill and split-key decode"
         + _functions(problem)
-        + (f", cuDNN from {rule.least} rows and keys on" if isinstance(rule, engines.Rule) else ""),
+        + ("" if rule is None else f", {engines.NAMES[rule.engine]} from {rule.least} rows and keys on"),
         deterministic=True,
         differentiable=gradients.are_wanted(problem),
         workspace="O(B Hq L Ev)",
     )
+
+
+def _rule(problem: AttentionProblem, device: Device, usable: list[str]) -> engines.Rule | None:
+    """The rule of the first engine that was measured to be faster."""
+    rules = (engines.rule_for(name, problem, device) for name in usable)
+    return next((rule for rule in rules if isinstance(rule, engines.Rule)), None)
+
+
+def _run(problem: AttentionProblem, tuning: Tuning, name: str, device: Device) -> Callable[..., Any]:
+    """The problem's run by one engine, ``triton`` for none."""
+    if name == "triton":
+        return attention.runner(problem, tuning)
+    rule = engines.rule_for(name, problem, device)
+    least = rule.least if isinstance(rule, engines.Rule) else engines.UNMEASURED
+    return attention.runner(problem, tuning, engines.engine(name, problem, least))
 
 
 def _functions(problem: AttentionProblem) -> str:

@@ -1,19 +1,24 @@
 """Which GPUs, driver and torch build this machine has, and why they are not suitable if they are not.
 
 :func:`observe` looks; :func:`unsuitable` judges what was seen, as a pure function of a frozen record, so
-that every verdict can be tested on a machine without a GPU.
+that every verdict can be tested on a machine without a GPU. :mod:`torchhal_cuda128.doctor` says how to mend it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import platform
+import re
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Final
 
 import torch
 
 from torchhal.problems import Decline
+from torchhal_cuda128.releases import dotted, release
 
 MINIMUM_CUDA: Final = (12, 8)
 """The first CUDA release that generates code for compute capability 10.0 and 12.0."""
@@ -53,6 +58,18 @@ class Hardware:
     """What torch's own kernels were compiled for, for example ``sm_90`` or ``compute_120``."""
     error: str = ""
     """What torch raised when it was asked for the devices."""
+    system: str = "Linux"
+    """``Linux`` or ``Windows``, as :func:`platform.system` has it."""
+    machine: str = "x86_64"
+    """``x86_64``, ``aarch64``, ``AMD64``: the processor, as :func:`platform.machine` has it."""
+    driver: str | None = None
+    """Release of the driver, for example ``580.159.04``; None where its management library does not say."""
+    triton: str | None = None
+    """Installed Triton; None without one."""
+    torch_triton: str = ""
+    """The Triton that this torch asks for, for example ``==3.6.0``; empty where its metadata names none."""
+    fa4: str | None = None
+    """Installed FlashAttention-4; None without one."""
 
 
 def observe() -> Hardware:
@@ -60,11 +77,17 @@ def observe() -> Hardware:
     devices, error = _devices()
     return Hardware(
         torch_version=torch.__version__,
-        torch_cuda=_release(torch.version.cuda),
+        torch_cuda=None if torch.version.cuda is None else release(torch.version.cuda),
         driver_cuda=_driver_cuda(),
         devices=devices,
         arch_list=tuple(torch.cuda.get_arch_list()) if devices else (),
         error=error,
+        system=platform.system(),
+        machine=platform.machine(),
+        driver=_driver(),
+        triton=_installed("triton", "triton-windows"),
+        torch_triton=_torch_triton(),
+        fa4=_installed("flash-attn-4"),
     )
 
 
@@ -86,7 +109,7 @@ def _software(hardware: Hardware) -> Decline | None:
     if built < MINIMUM_CUDA:
         return Decline(
             "torch_cuda_too_old",
-            f"torch {version} is built for CUDA {_dotted(built)}; 12.8 or later is needed",
+            f"torch {version} is built for CUDA {dotted(built)}; 12.8 or later is needed",
         )
     if driver is None:
         return Decline("no_driver", "no CUDA driver library is found; install the GPU's driver")
@@ -94,7 +117,7 @@ def _software(hardware: Hardware) -> Decline | None:
     if driver < needed:
         return Decline(
             "driver_too_old",
-            f"the driver runs CUDA up to {_dotted(driver)}; {_dotted(needed)} or later is needed",
+            f"the driver runs CUDA up to {dotted(driver)}; {dotted(needed)} or later is needed",
         )
     return None
 
@@ -106,7 +129,7 @@ def _device(hardware: Hardware, index: int) -> Decline | None:
     if index >= len(hardware.devices):
         return Decline("no_device", f"there is no device cuda:{index}; torch sees {len(hardware.devices)}")
     device = hardware.devices[index]
-    found = f"{device.name} has compute capability {_dotted(device.capability)}"
+    found = f"{device.name} has compute capability {dotted(device.capability)}"
     if device.capability < (9, 0):
         return Decline("capability_too_low", f"{found}; 9.0 (Hopper) or 10.x and 12.x (Blackwell) is needed")
     if device.capability[0] not in FAMILIES:
@@ -157,38 +180,34 @@ def _driver_cuda() -> tuple[int, int] | None:
     return None if failed else (version.value // 1000, version.value % 1000 // 10)
 
 
-def _release(text: str | None) -> tuple[int, int] | None:
-    if text is None:
+@functools.cache
+def _driver() -> str | None:
+    """Ask the driver's management library, which needs no device in use."""
+    try:
+        library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(80)
+        failed = library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text))
+    except (OSError, AttributeError):
         return None
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
+    return None if failed else text.value.decode("ascii", "replace")
 
 
-def _dotted(release: tuple[int, int]) -> str:
-    return f"{release[0]}.{release[1]}"
+def _installed(*names: str) -> str | None:
+    """Version of the first of some distributions that is installed."""
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def describe(hardware: Hardware) -> dict[str, object]:
-    """What ``torchhal doctor`` shows: the record in words, with ``status`` first."""
-    verdict = unsuitable(hardware)
-    return {
-        "status": str(verdict) if verdict else "ready",
-        "torch": hardware.torch_version,
-        "torch built for CUDA": _dotted(hardware.torch_cuda) if hardware.torch_cuda else None,
-        "driver runs CUDA up to": _dotted(hardware.driver_cuda) if hardware.driver_cuda else None,
-        "torch compiled for": list(hardware.arch_list),
-        "devices": [_describe_device(hardware, i) for i in range(len(hardware.devices))],
-    }
-
-
-def _describe_device(hardware: Hardware, index: int) -> dict[str, object]:
-    device = hardware.devices[index]
-    verdict = unsuitable(hardware, index)
-    return {
-        "name": device.name,
-        "status": str(verdict) if verdict else "ready",
-        "compute capability": _dotted(device.capability),
-        "architecture": device.architecture,
-        "memory GiB": round(device.memory_bytes / 2**30, 1),
-        "multiprocessors": device.multiprocessors,
-    }
+@functools.cache
+def _torch_triton() -> str:
+    """The specifier behind ``triton`` in torch's own requirements."""
+    try:
+        needed = metadata.requires("torch") or []
+    except metadata.PackageNotFoundError:
+        needed = []
+    found = (re.match(r"triton\s*\(?([=<>~!][^;)]*)", requirement) for requirement in needed)
+    return next((match[1].strip() for match in found if match), "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torchhal
 from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, MatmulProblem, Plan
-from torchhal_cuda128 import attention, deploy, hardware, matmul
+from torchhal_cuda128 import attention, deploy, doctor, hardware, matmul
 from torchhal_cuda128.capabilities import CAPABILITIES
 
 
@@ -18,7 +18,7 @@ def torchhal_backend() -> BackendInfo:
         spec=">=1.0,<2",
         capabilities=CAPABILITIES,
         preference={"cuda": 200},
-        probe=lambda: hardware.describe(hardware.observe()),
+        probe=lambda: doctor.describe(hardware.observe()),
     )
 
 

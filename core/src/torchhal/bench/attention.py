@@ -14,7 +14,7 @@ from torchhal.bench.accuracy import Expectation
 from torchhal.bench.candidates import Candidate
 from torchhal.bench.cases import OWN, Case, Requirement
 from torchhal.bench.ceilings import Ceilings
-from torchhal.bench.timing import Effort, Timing, synchronizer
+from torchhal.bench.timing import Effort, Timing
 from torchhal.registry import Backend
 
 
@@ -179,7 +179,7 @@ def measure(
             for row, c in zip(checked, found, strict=True)
             if not row.not_run and c.call is not None
         }
-        timings = case.time(calls, effort, synchronizer(device))
+        timings = case.time(calls, effort, device)
     return CaseResult(case, [replace(row, timing=timings.get(row.candidate)) for row in checked])
 
 
@@ -208,7 +208,7 @@ def wrong(results: list[CaseResult]) -> Iterator[Row]:
     return (row for result in results for row in result.rows if row.ours and not row.passed)
 
 
-def select_cases(patterns: str | None, quick: bool) -> list[Case]:
-    """The cases to time."""
-    chosen = catalogue.chosen(patterns)
+def select_cases(patterns: str | None, quick: bool, device: torch.device) -> list[Case]:
+    """The cases to time on a device: processors and accelerators have their own."""
+    chosen = catalogue.chosen(patterns, device)
     return [case.quick() for case in chosen] if quick else chosen

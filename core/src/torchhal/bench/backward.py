@@ -45,8 +45,8 @@ class Backward(Case):
 
     def bind(self, device: torch.device, seed: int = 0) -> Bound:
         inputs = self.inputs(device, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        above = torch.randn(inputs.query.shape, generator=generator).to(inputs.query)
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        above = torch.randn(inputs.query.shape, generator=generator, device=device).to(inputs.query)
 
         def wrap(backend: Backend, forward: Attention) -> Attention:
             return _gradients(forward, inputs, above)
@@ -60,12 +60,15 @@ class Backward(Case):
         )
 
     def _peers(self, inputs: Inputs, above: Tensor, flex: bool) -> list[Candidate]:
-        call = _gradients(candidates.sdpa(inputs, None, self.causal), inputs, above)
-        peers = [Candidate(SDPA, call, self._judged)]
+        def pulled(forward: Attention) -> Attention:
+            return _gradients(forward, inputs, above)
+
+        peers = [Candidate(SDPA, pulled(candidates.sdpa(inputs, None, self.causal)), self._judged)]
+        peers += candidates.each_fused(inputs, self.causal, pulled, self._judged)
         if flex:
             # What compiled flex_attention can not do is for it to say: on CPUs it has no backward pass.
-            flexible = candidates.flex(inputs, candidates.block_mask(candidates.causal_mod, inputs))
-            peers.append(Candidate(candidates.FLEX, _gradients(flexible, inputs, above), self._judged))
+            mask = candidates.block_mask(candidates.causal_mod, inputs) if self.causal else None
+            peers += candidates.flexes(inputs, mask, None, pulled, self._judged)
         return peers
 
     @property

@@ -18,7 +18,7 @@ from torchhal.bench.accuracy import Expectation
 from torchhal.bench.candidates import Attention, Bound, Candidate, Own, causal_mod
 from torchhal.bench.cases import Case
 from torchhal.bench.dense import plain_call
-from torchhal.bench.timing import Effort, Timing, in_turns
+from torchhal.bench.timing import Effort, Timing, in_turns, synchronizer
 from torchhal.block_masks import create_block_mask
 from torchhal.registry import Backend
 
@@ -96,13 +96,13 @@ class MakeBlockMask(Case):
         return Expectation(rows, torch.tensor(counted, dtype=torch.float64)[None, None], 0.0)
 
     def time(
-        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, wait: Callable[[], Any]
+        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device
     ) -> dict[str, Timing]:
         def given(call: Callable[[], Any]) -> Callable[[], AbstractContextManager[Callable[[], Any]]]:
             return lambda: nullcontext(call)
 
         makers = {name: given(call) for name, call in calls.items()}
-        return in_turns(makers, min(_REPETITIONS, effort.repetitions), wait)
+        return in_turns(makers, min(_REPETITIONS, effort.repetitions), synchronizer(device))
 
     def quick(self) -> Self:
         return replace(super().quick(), peer_length=self.peer_length // 8)

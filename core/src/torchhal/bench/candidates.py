@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module, metadata
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchhal.attention_call import Call, build_problem
 from torchhal.bench.accuracy import Expectation
 from torchhal.bench.cases import OWN, Case, Inputs
-from torchhal.problems import AttentionProblem, Decline
+from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal.registry import REFERENCE, Backend
 
 SDPA: Final = "torch sdpa"
@@ -24,7 +26,12 @@ SDPA_PADDED: Final = "torch sdpa, padded"
 SDPA_GATHERED: Final = "torch sdpa, pages gathered"
 UNFUSED: Final = "torch, unfused"
 FLEX: Final = "torch flex, compiled"
+FLEX_FLASH: Final = "torch flex, compiled, flash"
 READ: Final = "torch sum, same bytes"
+FLASH4: Final = "flash-attn-4"
+"""The distribution of FlashAttention-4, and its functions called directly; they align causal calls at the bottom right."""
+OF: Final = ":"
+"""Between a backend and a variant of its plan, where they are named together."""
 
 _MOST_SCORES: Final = 1 << 30
 """Bytes of scores past which the reference, which keeps them all, is not run."""
@@ -82,26 +89,28 @@ class Own:
         """The Problem that backends are asked."""
         return build_problem(self.call)
 
-    def candidate(self, case: Case, backend: Backend) -> Candidate:
-        """The backend's planned call, or why there is none."""
+    def candidates(self, case: Case, backend: Backend) -> list[Candidate]:
+        """The backend's planned call, or why there is none; and on an accelerator each variant of the plan."""
         name = f"{backend.name}, {self.label}" if self.label else backend.name
         yardstick = OWN + self.label if self.label else ""
         made = functools.partial(Candidate, name, ours=True, yardstick=yardstick, backend=backend.name)
         answer = backend.ask(self.problem())
         if isinstance(answer, Decline):
-            return made(not_run=f"declined: {answer}")
+            return [made(not_run=f"declined: {answer}")]
         if backend.name == REFERENCE and 4 * case.scores > _MOST_SCORES:
-            return made(not_run=f"keeps all scores, {4 * case.scores / 2**30:.1f} GiB here")
+            return [made(not_run=f"keeps all scores, {4 * case.scores / 2**30:.1f} GiB here")]
+        expected = None if self.expected is None else self.expected()
+        found = [made(self._planned(backend, answer), view=self.view, expected=expected)]
+        for variant, plan in named_variants(name, answer).items() if answer.variants else ():
+            call = self._planned(backend, plan)
+            found.append(replace(found[0], name=variant, call=call, yardstick=yardstick and OWN + variant))
+        return found
+
+    def _planned(self, backend: Backend, plan: Plan) -> Attention:
         call = self.call
         scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
-        planned = functools.partial(
-            answer.run, call.query, call.key, call.value, call.attn_mask, scale, call.operands
-        )
-        return made(
-            self.wrap(backend, planned),
-            view=self.view,
-            expected=None if self.expected is None else self.expected(),
-        )
+        given = (call.query, call.key, call.value, call.attn_mask, scale, call.operands)
+        return self.wrap(backend, functools.partial(plan.run, *given))
 
 
 @dataclass(frozen=True)
@@ -120,9 +129,15 @@ class Bound:
 
     def ours(self, case: Case, backend: Backend) -> list[Candidate]:
         """The backend on the case and, where it serves that, on what it is held against."""
-        first, *others = (functools.partial(own.candidate, case, backend) for own in self.own)
+        first, *others = (functools.partial(own.candidates, case, backend) for own in self.own)
         found = first()
-        return [found] if found.not_run else [found, *(other() for other in others)]
+        return found if found[0].not_run else [*found, *(c for other in others for c in other())]
+
+
+def named_variants(name: str, plan: Plan) -> dict[str, Plan]:
+    """The variants of a backend's plan, as ``backend:variant``; the plan as it is where it comes in none."""
+    made = {f"{name}{OF}{variant}": plan.variant(variant) for variant in plan.variants}
+    return {key: chosen for key, chosen in made.items() if chosen is not None} or {name: plan}
 
 
 # ---------------------------------------------------------------------------- peers
@@ -135,6 +150,56 @@ def sdpa(inputs: Inputs, mask: Tensor | None = None, is_causal: bool = False) ->
     return functools.partial(
         F.scaled_dot_product_attention, query, key, value, mask, is_causal=is_causal, enable_gqa=grouped
     )
+
+
+def each_fused(
+    inputs: Inputs, is_causal: bool, wrap: Callable[[Attention], Attention], view: View = unchanged
+) -> list[Candidate]:
+    """On an accelerator each fused kernel that scaled_dot_product_attention chooses among, and FlashAttention-4 where it is
+    installed, directly; what can not serve the call says so when it is run.
+    """
+    if inputs.query.device.type == "cpu" or inputs.attn_mask is not None:
+        return []
+    kinds = [kind for kind in SDPBackend.__members__.values() if kind.name.endswith("_ATTENTION")]
+    found = [
+        Candidate(
+            f"{SDPA}, {kind.name.removesuffix('_ATTENTION').lower()}",
+            wrap(_by_kernel(kind, inputs, is_causal)),
+            view,
+        )
+        for kind in kinds
+    ]
+    return [*found, Candidate(FLASH4, wrap(flash4(inputs, is_causal)), view)] if has_flash4() else found
+
+
+def _by_kernel(kind: SDPBackend, inputs: Inputs, is_causal: bool) -> Attention:
+    call = sdpa(inputs, None, is_causal)
+
+    def run() -> Any:
+        with sdpa_kernel(kind):
+            return call()
+
+    return run
+
+
+@functools.cache
+def has_flash4() -> bool:
+    """Whether FlashAttention-4 is installed."""
+    try:
+        return bool(metadata.version(FLASH4))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def flash4(inputs: Inputs, is_causal: bool) -> Attention:
+    """FlashAttention-4 on these tensors, as somebody would call it: its tensors are (B, L, H, D)."""
+    query, key, value = (t.transpose(1, 2) for t in inputs[:3])
+
+    def run() -> Any:
+        out, *_ = import_module("flash_attn.cute").flash_attn_func(query, key, value, causal=is_causal)
+        return out.transpose(1, 2)
+
+    return run
 
 
 def reading(size: float, device: torch.device) -> Candidate:
@@ -151,7 +216,27 @@ def causal_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return q >= k
 
 
-def flex(inputs: Inputs, block_mask: BlockMask | None = None, score_mod: Any = None) -> Attention:
+def flexes(
+    inputs: Inputs,
+    block_mask: BlockMask | None = None,
+    score_mod: Any = None,
+    wrap: Callable[[Attention], Attention] = lambda call: call,
+    view: View = unchanged,
+) -> list[Candidate]:
+    """Compiled flex_attention; and on an accelerator with FlashAttention-4 the same by its kernels."""
+    found = [Candidate(FLEX, wrap(flex(inputs, block_mask, score_mod)), view)]
+    if inputs.query.device.type != "cpu" and has_flash4():
+        by_flash = flex(inputs, block_mask, score_mod, {"BACKEND": "FLASH"})
+        found.append(Candidate(FLEX_FLASH, wrap(by_flash), view))
+    return found
+
+
+def flex(
+    inputs: Inputs,
+    block_mask: BlockMask | None = None,
+    score_mod: Any = None,
+    kernel_options: Any = None,
+) -> Attention:
     """Compiled flex_attention on these tensors, compiled anew: a graph for changing shapes would be a slower one."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -160,8 +245,9 @@ def flex(inputs: Inputs, block_mask: BlockMask | None = None, score_mod: Any = N
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = query.shape[1] != key.shape[1]
     return functools.partial(
-        compiled, query, key, value, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped
-    )
+        compiled, query, key, value, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped,
+        kernel_options=kernel_options,
+    )  # fmt: skip
 
 
 def block_mask(mask_mod: Any, inputs: Inputs) -> BlockMask:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchhal._text import dtype_name
-from torchhal.bench.timing import Effort, Timing, interleaved
+from torchhal.bench.timing import Effort, Timing, timed
 from torchhal.problems import AttentionProblem
 
 if TYPE_CHECKING:
@@ -133,11 +133,11 @@ class Case:
 
     def inputs(self, device: torch.device, seed: int = 0) -> Inputs:
         """Random query, key and value, the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(heads: int, rows: int) -> Tensor:
-            made = torch.randn((self.batch, heads, rows, self.head_size), generator=generator)
-            return made.to(device=device, dtype=self.dtype)
+            shape = (self.batch, heads, rows, self.head_size)
+            return torch.randn(shape, generator=generator, device=device).to(self.dtype)
 
         return Inputs(
             normal(self.heads, self.length),
@@ -154,10 +154,10 @@ class Case:
         return torch.enable_grad() if self.grad else torch.inference_mode()
 
     def time(
-        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, wait: Callable[[], Any]
+        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device
     ) -> dict[str, Timing]:
         """Times of the candidates, which take turns."""
-        return interleaved(calls, effort, wait)
+        return timed(calls, effort, device)
 
     def resized(self, length: int) -> Self:
         """The same call with another number of queries and keys, of which it had equally many."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -106,6 +106,49 @@ ATTENTION: Final[tuple[Case, ...]] = (
 """Prefill and decoding as models do them, at lengths where kernels differ; masks, functions, layouts and gradients;
 and calls so small that overhead decides."""
 
+LONG_DOCUMENTS: Final = (8192, 6144, 4096, 4096, 3072, 2048, 1536, 1024, 1024, 768, 512, 256)
+"""32768 rows in all."""
+
+
+def _on_accelerators() -> Iterable[Case]:
+    """Prefill and gradients of 4 sequences with 16 query heads over 4, decoding with 32 over 8, in bfloat16."""
+    few: dict[str, Any] = {"batch": 4, "heads": 16, "kv_heads": 4, "dtype": torch.bfloat16}
+    long: dict[str, Any] = {**few, "length": 4096, "keys": 4096}
+    decode: dict[str, Any] = {
+        "heads": 32,
+        "kv_heads": 8,
+        "length": 1,
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+    }
+    for size in (64, 128):
+        for causal, name in ((True, "causal"), (False, "full")):
+            yield Dense(f"{name}-4096-d{size}", head_size=size, causal=causal, **long)
+            yield Backward(f"backward-{name}-4096-d{size}", head_size=size, causal=causal, **long)
+        yield AlibiSoftCap(f"alibi-softcap-4096-d{size}", head_size=size, **long)
+        yield Window(
+            f"window-1024-8192-d{size}", head_size=size, window=1024, **{**few, "length": 8192, "keys": 8192}
+        )
+        yield Documents(f"documents-d{size}", head_size=size, lengths=LONG_DOCUMENTS, **{**few, "batch": 1})
+    for length in (512, 1024, 2048):
+        for causal, name in ((True, "causal"), (False, "full")):
+            yield Dense(
+                f"{name}-{length}-d128",
+                head_size=128,
+                causal=causal,
+                **{**few, "length": length, "keys": length},
+            )
+    for batch, keys in ((16, 8192), (1, 32768), (64, 2048)):
+        yield Dense(f"decode-gqa-b{batch}-s{keys}", batch=batch, keys=keys, **decode)
+    for page in (16, 128):
+        yield PagedDecode(f"paged-decode-page{page}-b16-s8192", batch=16, keys=8192, page_size=page, **decode)
+    for keys in (256, 1024):
+        yield Dense(f"host-decode-b1-s{keys}", keys=keys, **decode)
+
+
+ACCELERATED: Final[tuple[Case, ...]] = tuple(_on_accelerators())
+"""What accelerators are measured on: lengths that fill them, and calls so short that the host decides."""
+
 MEMORY: Final[tuple[Case, ...]] = (
     Dense("causal", heads=8, kv_heads=8, causal=True),
     Window("window-512", heads=8, kv_heads=8, window=512),
@@ -114,6 +157,9 @@ MEMORY: Final[tuple[Case, ...]] = (
 """What ``--memory`` measures at several lengths."""
 
 
-def chosen(patterns: str | None) -> list[Case]:
-    """The cases that :func:`torchhal.bench.choice.named` finds."""
-    return named("attention", ATTENTION, patterns)
+CPU: Final = torch.device("cpu")
+
+
+def chosen(patterns: str | None, device: torch.device = CPU) -> list[Case]:
+    """The cases for a device that :func:`torchhal.bench.choice.named` finds."""
+    return named("attention", ATTENTION if device.type == "cpu" else ACCELERATED, patterns)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from torchhal.bench.timing import Effort, interleaved, synchronizer
+from torchhal.bench.timing import Effort, interleaved, on_device
 from torchhal.inventory import CEILINGS, measured
 from torchhal.registry import Backend
 
@@ -23,9 +23,10 @@ class Ceilings:
     """Limits of the device, and who measured them."""
 
     gflops: float
-    """1e9 floating-point operations a second, in float32 multiply-adds (two operations each)."""
+    """1e9 floating-point operations a second, in multiply-adds (two operations each): float32 on a processor, bfloat16 on an
+    accelerator, in whose matrix units attention is computed."""
     gbps: float
-    """1e9 bytes a second, read from memory."""
+    """1e9 bytes a second, read from memory; on an accelerator read and written by a copy."""
     gflops_source: str
     gbps_source: str
 
@@ -47,6 +48,9 @@ def ceilings(device: torch.device, backends: list[Backend]) -> Ceilings:
 
     The highest, because what anything reached can not be above the limit.
     """
+    if device.type != "cpu":
+        arithmetic, copying = _accelerator_gflops(device), _copy_gbps(device)
+        return Ceilings(arithmetic, copying, "torch matmul, bfloat16", "torch copy of 1 GiB, both ways")
     offered = [(f"probe of {b.name}", _offered(b)) for b in backends if device.type in b.info.device_types]
     gflops, gflops_source = _highest(offered, "fma_gflops", (_matmul_gflops(device), "torch matmul, float32"))
     gbps, gbps_source = _highest(offered, "read_gbps", (_sum_gbps(device), "torch sum over 256 MiB"))
@@ -74,13 +78,26 @@ def _is_limit(value: Any) -> bool:
 
 
 def _matmul_gflops(device: torch.device) -> float:
-    side = _SIDE if device.type == "cpu" else 8 * _SIDE
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    timing = interleaved({"matmul": lambda: torch.mm(a, b)}, _EFFORT, synchronizer(device))["matmul"]
-    return 2 * side**3 / timing.best / 1e9
+    a, b = (torch.randn(_SIDE, _SIDE, device=device) for _ in range(2))
+    timing = interleaved({"matmul": lambda: torch.mm(a, b)}, _EFFORT)["matmul"]
+    return 2 * _SIDE**3 / timing.best / 1e9
+
+
+def _accelerator_gflops(device: torch.device) -> float:
+    side = 8 * _SIDE
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    timing = on_device({"matmul": lambda: torch.mm(a, b)}, _EFFORT, device)["matmul"]
+    return 2 * side**3 / timing.median / 1e9
+
+
+def _copy_gbps(device: torch.device) -> float:
+    source = torch.ones(1 << 28, device=device)
+    target = torch.empty_like(source)
+    timing = on_device({"copy": lambda: target.copy_(source)}, _EFFORT, device)["copy"]
+    return 2 * 4 * source.numel() / timing.median / 1e9
 
 
 def _sum_gbps(device: torch.device) -> float:
     data = torch.ones(_BYTES // 4, device=device)
-    timing = interleaved({"sum": data.sum}, _EFFORT, synchronizer(device))["sum"]
+    timing = interleaved({"sum": data.sum}, _EFFORT)["sum"]
     return _BYTES / timing.best / 1e9

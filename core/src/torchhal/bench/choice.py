@@ -50,6 +50,24 @@ def named(family: str, cases: Sequence[C], patterns: str | None) -> list[C]:
     return list(found.values())
 
 
+def usable_device(text: str) -> torch.device:
+    """The device of that name, which torch can compute on here.
+
+    Raises:
+        InvalidProblem: it is no name of a device, or torch can not use it.
+    """
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = " ".join(str(error).split())[:200]
+        advice = "`torchhal doctor` says what this machine has and what it lacks"
+        raise InvalidProblem(
+            f"torch can not compute on the device {text!r} here ({why}); {advice}"
+        ) from error
+    return device
+
+
 def backends(
     family: str, found: Mapping[str, Backend], device: torch.device, only: str | None
 ) -> list[Backend]:

@@ -21,7 +21,6 @@ from torchhal.attention_call import (
 )
 from torchhal.bench import accuracy, candidates
 from torchhal.bench.candidates import (
-    FLEX,
     SDPA,
     SDPA_DENSE,
     UNFUSED,
@@ -112,10 +111,10 @@ class Dense(Case):
         if self.causal:
             dense = causal_mask(self, inputs.query.device)
             peers.append(Candidate(SDPA_DENSE, candidates.sdpa(inputs, dense)))
+        peers += candidates.each_fused(inputs, self.causal, lambda call: call)
         if flex:
             mod = causal_mod if self.causal else window_mod(self.window) if self.masked else None
-            mask = None if mod is None else block_mask(mod, inputs)
-            peers.append(Candidate(FLEX, candidates.flex(inputs, mask)))
+            peers += candidates.flexes(inputs, None if mod is None else block_mask(mod, inputs))
         return peers
 
     def traits(self) -> str:
@@ -175,8 +174,7 @@ class Window(Case):
         dense = (distance >= 0) & (distance < self.window)
         peers = [Candidate(SDPA_DENSE, candidates.sdpa(inputs, dense))]
         if flex:
-            mask = block_mask(window_mod(self.window), inputs)
-            peers.append(Candidate(FLEX, candidates.flex(inputs, mask)))
+            peers += candidates.flexes(inputs, block_mask(window_mod(self.window), inputs))
         return peers
 
     def traits(self) -> str:
@@ -235,7 +233,7 @@ class AlibiSoftCap(Case):
         peers = [Candidate(UNFUSED, functools.partial(unfused, self, inputs, alibi_soft_cap(slopes)))]
         if flex:
             mask = block_mask(causal_mod, inputs) if self.causal else None
-            peers.append(Candidate(FLEX, candidates.flex(inputs, mask, alibi_soft_cap(slopes))))
+            peers += candidates.flexes(inputs, mask, alibi_soft_cap(slopes))
         return peers
 
     def traits(self) -> str:

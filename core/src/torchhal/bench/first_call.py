@@ -18,7 +18,7 @@ from torchhal.bench import accuracy, candidates
 from torchhal.bench.candidates import FLEX, UNFUSED, Attention, Bound, Candidate, Own, block_mask, causal_mod
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.dense import SOFT_CAP, plain_call, unfused
-from torchhal.bench.timing import Effort, Timing, in_turns
+from torchhal.bench.timing import Effort, Timing, in_turns, synchronizer
 from torchhal.registry import Backend
 
 _REPETITIONS: Final = 3
@@ -118,10 +118,10 @@ class FirstCall(Case):
         torch._dynamo.reset()
 
     def time(
-        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, wait: Callable[[], Any]
+        self, calls: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device
     ) -> dict[str, Timing]:
         makers = {name: call.make for name, call in calls.items() if isinstance(call, Fresh)}
-        return in_turns(makers, min(_REPETITIONS, effort.repetitions), wait)
+        return in_turns(makers, min(_REPETITIONS, effort.repetitions), synchronizer(device))
 
     def traits(self) -> str:
         return f"{super().traits()}, first call with a new soft-cap"

@@ -17,7 +17,7 @@ from torchhal._text import dtype_name
 from torchhal.attention_call import Call, Functions, MaskMod, operands_of
 from torchhal.bench import accuracy, candidates
 from torchhal.bench.accuracy import Expectation
-from torchhal.bench.candidates import FLEX, SDPA_GATHERED, SDPA_PADDED, Bound, Candidate, Own, block_mask
+from torchhal.bench.candidates import SDPA_GATHERED, SDPA_PADDED, Bound, Candidate, Own, block_mask
 from torchhal.bench.cases import Case, Inputs
 from torchhal.bench.dense import block_mask_call, plain_call
 
@@ -100,7 +100,7 @@ class Documents(Case):
         call = candidates.sdpa(padded, mask, self.causal)
         peers = [Candidate(SDPA_PADDED, call, self.unpadded)]
         if flex:
-            peers.append(Candidate(FLEX, candidates.flex(packed, block_mask(mod, packed))))
+            peers += candidates.flexes(packed, block_mask(mod, packed))
         return peers
 
     def _kept(self, device: torch.device) -> Tensor:
@@ -272,8 +272,7 @@ class PagedDecode(Case):
 
         peers = [Candidate(SDPA_GATHERED, gather_and_attend)]
         if flex:
-            dense = Inputs(inputs.query, *pages.gathered(self.dtype))
-            peers.append(Candidate(FLEX, candidates.flex(dense)))
+            peers += candidates.flexes(Inputs(inputs.query, *pages.gathered(self.dtype)))
         return peers
 
     def traits(self) -> str:

@@ -102,7 +102,7 @@ def growths(
 def _growth(case: Case, backend: Backend, lengths: Sequence[int]) -> Growth:
     small = case.resized(_WARM)
     with small.mode():
-        candidate = small.bind(torch.device("cpu")).own[0].candidate(small, backend)
+        candidate = small.bind(torch.device("cpu")).own[0].candidates(small, backend)[0]
     if candidate.not_run:
         return Growth(case, backend.name, not_run=candidate.not_run)
     peaks: dict[int, int] = {}
@@ -153,7 +153,7 @@ def peak_of_one_call(backend: Backend, case: Case) -> int:
 
 
 def _call(backend: Backend, case: Case, device: torch.device) -> Any:
-    candidate = case.bind(device).own[0].candidate(case, backend)
+    candidate = case.bind(device).own[0].candidates(case, backend)[0]
     if candidate.call is None:
         raise RuntimeError(candidate.not_run)
     return candidate.call

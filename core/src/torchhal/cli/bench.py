@@ -69,18 +69,21 @@ def attention(
     Every candidate is first checked against float64. Shares are of the machine's limits as measured in this
     run: arithmetic in float32, and reading memory, counting each input and output once. What a case needs, against
     a peer or against another call of the same backend ("cpu, dense" is such a call), is shown with pass or MISS. A
-    miss is no error: the exit code is 1 only for a backend whose result is wrong.
+    miss is no error: the exit code is 1 only for a backend whose result is wrong. On an accelerator there are other cases, the
+    clock is the device's own with cold caches, the limits are bfloat16 arithmetic and a copy, and what a call costs the
+    host stands beside.
     """
     set_threads(threads)
     if plot is not None:
         chart.require_matplotlib()
         if not plot.absolute().parent.is_dir():
             usage(f"there is no folder {plot.absolute().parent} to draw {plot.name} into")
-    found, where = registry(), torch.device(device)
+    found = registry()
     if backend is not None:
         found.get(backend)
     try:
-        cases = measuring.select_cases(select, quick)
+        where = choice.usable_device(device)
+        cases = measuring.select_cases(select, quick, where)
     except InvalidProblem as error:
         usage(str(error))
     measured = choice.backends("attention", found.backends, where, backend)
@@ -234,7 +237,9 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
         "of limit ",
         "max error",
     )
-    made = table("Attention", "case", "candidate", *numbers, "needs", numbers=numbers)
+    hosted = any(row.timing and row.timing.host is not None for result in results for row in result.rows)
+    columns = (*numbers, "host") if hosted else numbers
+    made = table("Attention", "case", "candidate", *columns, "needs", numbers=columns)
     for result in results:
         for index, row in enumerate(result.rows):
             case = (
@@ -242,7 +247,7 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
                 if index < 2
                 else []
             )
-            made.add_row(*(case or [""]), *_attention_cells(result, row, limits))
+            made.add_row(*(case or [""]), *_attention_cells(result, row, limits, hosted))
         made.add_section()
     console.print(made)
     _show_needs(results)
@@ -251,11 +256,13 @@ def _show_attention(results: Sequence[measuring.CaseResult], limits: Ceilings, p
     note_load()
 
 
-def _attention_cells(result: measuring.CaseResult, row: measuring.Row, limits: Ceilings) -> list[str]:
+def _attention_cells(
+    result: measuring.CaseResult, row: measuring.Row, limits: Ceilings, hosted: bool
+) -> list[str]:
     name = f"[bold]{escape(row.candidate)}[/]" if row.ours else escape(row.candidate)
     needs = ", ".join(mark(verdict.passed) for verdict in result.verdicts(row))
     if row.timing is None:
-        return [f"{name}: {escape(row.not_run)}", *[""] * 9, needs]
+        return [f"{name}: {escape(row.not_run)}", *[""] * (9 + hosted), needs]
     timing = row.timing
     speedups = [result.speedup(row), result.speedup(row, best=True)]
     return [
@@ -265,6 +272,7 @@ def _attention_cells(result: measuring.CaseResult, row: measuring.Row, limits: C
         *("" if speedup is None else f"{speedup:.2f}" for speedup in speedups),
         *_rates(result, row, limits),
         f"{row.error:.1e}" if row.passed else f"[red]{row.error:.1e} > {row.tolerance:.1e}[/]",
+        *([] if not hosted else ["" if timing.host is None else seconds(timing.host)]),
         needs,
     ]
 

@@ -142,11 +142,15 @@ def _backend_table(backends: list[dict[str, Any]]) -> Any:
 
 def _show_findings(backend: dict[str, Any], verbose: bool) -> None:
     console = out()
-    findings = {key: value for key, value in backend["probe"]["findings"].items() if key != "status"}
+    found = backend["probe"]["findings"]
+    findings = {key: value for key, value in found.items() if key not in ("status", "mend")}
     if findings:
         console.print(f"[bold]{escape(backend['name'])}[/] sees")
     for key, value in findings.items():
         console.print(f"  {escape(key)}: {escape(_text(value))}")
+    for fault in found.get("mend", []):
+        console.print(f"  [yellow]{escape(fault['reason'])}[/] {escape('[' + fault['code'] + ']')}")
+        console.print(f"    to mend it: [bold]{escape(fault['do'])}[/]", soft_wrap=True)
     if verbose:
         for family, claims in backend["claims"].items():
             console.print(

@@ -101,9 +101,12 @@ def attention_kernel(
     LAYOUT: tl.constexpr, PAGE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
     EVEN: tl.constexpr, LSE: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     score_mod: tl.constexpr, mask_mod: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    E: tl.constexpr, EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr,
+    E: tl.constexpr, EV: tl.constexpr, DROPOUT: tl.constexpr, NATURAL: tl.constexpr, WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows. ``heads`` counts what has tiles of its own: query heads, or key heads of packed rows."""
+    """One tile of query rows. ``heads`` counts what has tiles of its own: query heads, or key heads of packed rows.
+
+    With ``WRITTEN`` the result is there already, and only a tile that is not finite is computed.
+    """
     PAGED: tl.constexpr = PAGE > 0
     config: tl.constexpr = (
         CAUSAL, MASK, score_mod, mask_mod, FOLD, BLOCKS and PAGED, PAGE, PRECISION, E, EV, DROPOUT, NATURAL,
@@ -166,6 +169,16 @@ def attention_kernel(
         kv_head = head // group
     i, q, row_ok = i[:, None], q[:, None], row_ok[:, None]
     place_of_rows = (b, h, i, q, row_ok)
+
+    ev = tl.arange(0, EV_PAD)[None, :]
+    if not SPLIT:
+        rows_out = h.to(tl.int64) * o_strides[1] + (q_start + i).to(tl.int64) * o_strides[2]
+        if LAYOUT != "varlen":
+            rows_out += b.to(tl.int64) * o_strides[0]
+    if WRITTEN:
+        there = tl.load(out + rows_out + ev.to(tl.int64) * o_strides[3], mask=row_ok & (ev < EV), other=0.0)
+        if tl.max((~(tl.abs(there.to(tl.float32)) < float("inf"))).to(tl.int32)) == 0:
+            return
 
     # Query, and where keys and values of this head start.
     e = tl.arange(0, E_PAD)[None, :]
@@ -232,11 +245,7 @@ def attention_kernel(
         rows_out = (split.to(tl.int64) * rows_in_all + row_number) * EV
         results = (parts_out, 1)
     else:
-        rows_out = h.to(tl.int64) * o_strides[1] + (q_start + i).to(tl.int64) * o_strides[2]
-        if LAYOUT != "varlen":
-            rows_out += b.to(tl.int64) * o_strides[0]
         results = (out, o_strides[3])
-    ev = tl.arange(0, EV_PAD)[None, :]
     if SPLIT:
         totals = parts_out + splits.to(tl.int64) * rows_in_all * EV
         at = (split.to(tl.int64) * rows_in_all + row_number) * 2

@@ -49,6 +49,25 @@ def delta_kernel(
     tl.store(delta + at, sums, mask=ok)
 
 
+@triton.jit(do_not_specialize=["heads", "rows", "tiles"])
+def strange_kernel(
+    gradient, strides, strange, heads, rows, tiles,
+    BLOCK: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile of a gradient in the dense layout, (B, H, L, E), holds a NaN or an infinity; or one looked at before did."""
+    pid = tl.program_id(0)
+    i = (pid % tiles * BLOCK + tl.arange(0, BLOCK))[:, None]
+    h = (pid // tiles % heads).to(tl.int64)
+    b = (pid // tiles // heads).to(tl.int64)
+    e = tl.arange(0, E_PAD)[None, :]
+    at = b * strides[0] + h * strides[1] + i.to(tl.int64) * strides[2] + e.to(tl.int64) * strides[3]
+    there = tl.load(gradient + at, mask=(i < rows) & (e < E), other=0.0).to(tl.float32)
+    found = tl.max((~(tl.abs(there) < float("inf"))).to(tl.int32))
+    if not FIRST:
+        found = tl.maximum(found, tl.load(strange + pid))
+    tl.store(strange + pid, found)
+
+
 # ---------------------------------------------------------------------------- gradients of query rows
 
 

@@ -24,7 +24,7 @@ from torchhal.portable.arguments import (
 )
 from torchhal.portable.launch import Launcher, Start, start
 from torchhal.portable.shapes import Shape
-from torchhal.portable.tiles import Tiles
+from torchhal.portable.tiles import Tiles, padded
 from torchhal.problems import AttentionProblem
 from torchhal.reference import attention as reference
 from torchhal.reference.visibility import block_table
@@ -133,13 +133,15 @@ class GradientLauncher(Launcher):
 
     def __init__(self, problem: AttentionProblem, precision: str, start: Start = start) -> None:
         super().__init__(problem, precision, start)
+        self.rooms: list[Tensor] | None = None
+        """The workspace of the launches of one call, in the order in which it was made; None where they are not recorded."""
         self.slope = None if problem.score_mod is None else slope_of(problem.score_mod)
 
     def sum_rows(self, out: Tensor, above: Tensor, lse: Tensor, lse_above: Tensor | None) -> Tensor:
         """delta: for each row the sum of ``out * above``, less the gradient of its LSE; float32, laid out as the LSE."""
         from torchhal.portable.backward_kernels import delta_kernel
 
-        delta = torch.empty_like(lse)
+        delta = self._room(torch.empty_like(lse))
         batch = out.shape[0] if out.dim() == 4 else 1
         rows, heads = (out.shape[2], out.shape[1]) if out.dim() == 4 else (out.shape[0], out.shape[1])
         if delta.numel():
@@ -151,8 +153,8 @@ class GradientLauncher(Launcher):
             self.start(delta_kernel, grid, arguments, self._summed(lse_above is not None))
         return delta
 
-    def query_gradient(self, tiles: Tiles, given: Arguments, gradient: Tensor) -> None:
-        """Compute the gradient of the query into ``gradient``."""
+    def query_gradient(self, tiles: Tiles, given: Arguments, gradient: Tensor, written: bool = False) -> None:
+        """Compute the gradient of the query into ``gradient``; where it is written, what is not finite of it again."""
         from torchhal.portable.backward_kernels import query_gradient_kernel
 
         shape, operands = given.shape, given.operands
@@ -164,10 +166,15 @@ class GradientLauncher(Launcher):
             *self._tensors(given), strange, gradient, *self._strides(given), strides_of(gradient), *self._rules(given, lists),
             shape.batch, shape.heads, shape.group, shape.rows, shape.keys, count, given.scale, kept_factor(operands),
         )  # fmt: skip
-        self._start_both(query_gradient_kernel, programs, arguments, self._gradient_constants(tiles, given))
+        if written:
+            self._find_strange(strange, programs, tiles.rows, gradient)
+        constants = self._gradient_constants(tiles, given)
+        self._start_both(query_gradient_kernel, programs, arguments, constants, written)
 
-    def key_gradients(self, tiles: Tiles, given: Arguments, of_key: Tensor, of_value: Tensor) -> None:
-        """Compute the gradients of keys and values into ``of_key`` and ``of_value``."""
+    def key_gradients(
+        self, tiles: Tiles, given: Arguments, of_key: Tensor, of_value: Tensor, written: bool = False
+    ) -> None:
+        """Compute the gradients of keys and values into ``of_key`` and ``of_value``; where written, what is not finite again."""
         from torchhal.portable.backward_kernels import key_gradient_kernel
 
         shape, problem = given.shape, self.problem
@@ -186,19 +193,44 @@ class GradientLauncher(Launcher):
             shape.batch, shape.key_heads, shape.group, shape.rows, shape.keys, count, given.scale,
             kept_factor(given.operands),
         )  # fmt: skip
-        self._start_both(key_gradient_kernel, programs, arguments, self._gradient_constants(tiles, given))
+        if written:
+            self._find_strange(strange, programs, tiles.keys, of_key, of_value)
+        constants = self._gradient_constants(tiles, given)
+        self._start_both(key_gradient_kernel, programs, arguments, constants, written)
 
     def _strange(self, given: Arguments, programs: int) -> Tensor | None:
         """Room for each program to say that its result is not finite; None where no pair is hidden from another."""
         if not self.may_hide and given.operands.kv_num_blocks is None:
             return None
-        return torch.empty(programs, dtype=torch.int32, device=given.query.device)
+        return self._room(torch.empty(programs, dtype=torch.int32, device=given.query.device))
+
+    def _room(self, made: Tensor) -> Tensor:
+        """Workspace of one call, remembered where its launches are recorded."""
+        if self.rooms is not None:
+            self.rooms.append(made)
+        return made
+
+    def _find_strange(self, strange: Tensor | None, programs: int, block: int, *gradients: Tensor) -> None:
+        """Say for each program's tile of some (B, H, L, E) whether one of them holds what is not finite."""
+        from torchhal.portable.backward_kernels import strange_kernel
+
+        for number, gradient in enumerate(gradients):
+            _, heads, rows, size = gradient.shape
+            arguments = (gradient, strides_of(gradient), strange, heads, rows, -(-rows // block))
+            constants = {"BLOCK": block, "E": size, "E_PAD": padded(size), "FIRST": number == 0}
+            self.start(strange_kernel, (programs,), arguments, constants)
 
     def _start_both(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        written: bool,
     ) -> None:
-        """The fast walks and, where that may be needed, those that take out what is not finite."""
-        self.start(kernel, (programs,), arguments, constants)
+        """The fast walks, unless their result is there, and where needed those that take out what is not finite."""
+        if not written:
+            self.start(kernel, (programs,), arguments, constants)
         if constants["EXACT"]:
             self.start(kernel, (programs,), arguments, {**constants, "CLEAN": True})
 

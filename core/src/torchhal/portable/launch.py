@@ -107,6 +107,7 @@ class Launcher:
         out: Tensor,
         lse: Tensor,
         recording: Recording | None = None,
+        written: bool = False,
     ) -> None:
         """Compute into ``out`` and ``lse``.
 
@@ -118,6 +119,7 @@ class Launcher:
             out: (..., Ev) in the query's dtype.
             lse: float32, without elements where it is not asked for.
             recording: where the kernels are recorded.
+            written: ``out`` has a result already, of which only tiles that are not finite are computed again.
         """
         from torchhal.portable import attention_kernels as kernels
 
@@ -138,7 +140,7 @@ class Launcher:
             *self.blocks(tiles, shape, operands), self.sequences(query, key, operands), dropout_argument(operands),
             shape.batch, heads, shape.group, shape.rows, shape.keys, count, max(split, 1), scale, extra,
         )  # fmt: skip
-        constants = self._compiled_in(tiles, shape, operands, split, scale > 0)
+        constants = self._compiled_in(tiles, shape, operands, split, scale > 0, written)
         tensors = (query, key, value, out, lse, parts, *tensors_of(operands)) if recording is not None else ()
         again = self.start(kernels.attention_kernel, (programs,), arguments, constants)
         if recording is not None:
@@ -159,13 +161,19 @@ class Launcher:
         }  # fmt: skip
 
     def _compiled_in(
-        self, tiles: Tiles, shape: Shape, operands: AttentionOperands, split: int, positive: bool
+        self,
+        tiles: Tiles,
+        shape: Shape,
+        operands: AttentionOperands,
+        split: int,
+        positive: bool,
+        written: bool,
     ) -> dict[str, Any]:
         """What distinguishes one compiled kernel of the problem from another; looked up, for it takes time to make."""
         wide = printer.is_wide(operands.captured), printer.is_wide(operands.mask_captured)
         blocks = operands.kv_num_blocks is not None, operands.full_kv_num_blocks is not None
         even = blocks[0] and self._is_even(tiles, shape)
-        variant = (tiles, split > 0, split > 1, blocks, even, positive, wide)
+        variant = (tiles, split > 0, split > 1, blocks, even, positive, wide, written)
         found = self.constants.get(variant)
         if found is None:
             found = self.constants[variant] = self._make_constants(*variant)
@@ -180,6 +188,7 @@ class Launcher:
         even: bool,
         positive: bool,
         wide: tuple[bool, bool],
+        written: bool,
     ) -> dict[str, Any]:
         problem = self.problem
         score_mod, mask_mod = (
@@ -193,7 +202,8 @@ class Launcher:
             "CAUSAL": problem.is_causal, "MASK": self.mask_kind, "score_mod": score_mod, "mask_mod": mask_mod,
             "FOLD": score_mod is None and self.mask_kind != "additive" and positive and not self.natural,
             "NATURAL": self.natural, "PRECISION": self.precision,
-            "E": problem.head_size, "EV": problem.value_head_size, "DROPOUT": problem.dropout, **tiles.options(),
+            "E": problem.head_size, "EV": problem.value_head_size, "DROPOUT": problem.dropout, "WRITTEN": written,
+            **tiles.options(),
         }  # fmt: skip
 
     def _descriptors(self, tiles: Tiles, key: Tensor, value: Tensor) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchhal.portable import unavailable
-from torchhal.portable.attention import fitting, on_device
+from torchhal.portable.fitting import fitting, on_device
 from torchhal.portable.launch import Start, start
 from torchhal.portable.matmul_launch import HALVES, Launcher, Operands, float32_precision
 from torchhal.portable.matmul_tiles import PLAIN, Tiles, Tuning
