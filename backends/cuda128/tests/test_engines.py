@@ -133,7 +133,18 @@ def test_the_plan_offers_every_engine_that_can_serve_as_a_variant_to_measure() -
     assert list(with_fa4.variants) == ["triton", "fa4", "cudnn"]
     assert list(without.variants) == ["triton", "cudnn"]
     assert not training.variants
+    assert with_fa4.run is with_fa4.variants["cudnn"]
     assert without.run is without.variants["cudnn"]
+
+
+def test_an_engine_that_the_suite_has_not_judged_serves_where_it_was_tuned_for_alone() -> None:
+    pytest.importorskip("triton")
+    ruled = replace(FULL, features=frozenset({"backward"}))
+    assert isinstance(engines.rule_for("fa4", ruled, H100), engines.Rule), "it was measured to be faster"
+    training = attention.plan(ruled, replace(READY, fa4="4.0.0b36"))
+    assert isinstance(training, Plan)
+    assert list(training.variants) == ["triton", "fa4"]
+    assert training.run is training.variants["triton"]
 
 
 @pytest.mark.parametrize(("rows", "keys", "causal", "served"), [

@@ -41,8 +41,8 @@ def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
 
 
 def _rule(problem: AttentionProblem, device: Device, usable: list[str]) -> engines.Rule | None:
-    """The rule of the first engine that was measured to be faster."""
-    rules = (engines.rule_for(name, problem, device) for name in usable)
+    """The rule of the engine that was measured to be faster, of those that the suite has judged."""
+    rules = (engines.rule_for(name, problem, device) for name in usable if name in engines.JUDGED)
     return next((rule for rule in rules if isinstance(rule, engines.Rule)), None)
 
 

@@ -1,4 +1,5 @@
-"""Which engine computes a call of attention: the Triton kernels, or cuDNN or FlashAttention-4 where that was measured to be faster.
+"""Which engine computes a call of attention: the Triton kernels, or cuDNN where that was measured to be faster, or whichever
+``torchhal tune`` found the fastest on the user's machine.
 
 Under ``is_causal`` a NaN in the value of key 100 reached row 0 by cuDNN, and by torch's flash kernels alike (H100, torch
 2.11.0+cu130, cuDNN 9.19, 2026-11-25); so after either engine the Triton kernels mend what is not finite
@@ -22,7 +23,11 @@ from torchhal_cuda128.hardware import Device
 from torchhal_cuda128.lengths import Least, regular, seen_keys
 
 NAMES: Final[Mapping[str, str]] = {"fa4": "FlashAttention-4", "cudnn": "cuDNN"}
-"""The engines beside the Triton kernels, and what a person calls them; of two that were measured to be faster, the first serves."""
+"""The engines beside the Triton kernels, and what a person calls them."""
+
+JUDGED: Final = frozenset({"cudnn"})
+"""Engines that serve wherever a rule says that they are faster. The suite has not been passed with FlashAttention-4 yet, so
+that serves only where the user's own measurement chose it (``torchhal tune``, whose lock file names ``cuda128:fa4``)."""
 
 
 @dataclass(frozen=True)
