@@ -12,12 +12,12 @@ from torch import Tensor
 
 from torchhal import Decline, Plan
 from torchhal.derivatives import is_transformed
+from torchhal.foreach_columns import Column, is_readable
 from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise.factors import reads
 from torchhal.problems import MatmulProblem
 from torchhal.reference import matmul as reference
 from torchhal_cpu_x86 import hardware, native, packed, product_gradients, products, programs
-from torchhal_cpu_x86.maps import Column, is_readable
 from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, Fused, folded, fuse
 

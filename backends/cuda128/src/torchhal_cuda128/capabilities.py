@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from torchhal.portable import attention
+from torchhal.portable import attention, foreach
 from torchhal.problems import Capabilities, DeployClaims
 
 CAPABILITIES: Final = Capabilities(
@@ -17,6 +17,7 @@ CAPABILITIES: Final = Capabilities(
         boolean_mask=False,
         additive_mask=False,
     ),
+    foreach=foreach.CLAIMS,
     deploy=DeployClaims(tasks=frozenset({"compile_options", "profiler"})),
 )
 """Of attention what the portable kernels do on Hopper by the conformance suite, in the types that its matrix units multiply.

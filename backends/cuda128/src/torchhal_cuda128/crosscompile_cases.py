@@ -9,12 +9,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torchhal.foreach_columns import Column
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import capture
+from torchhal.portable import foreach
 from torchhal.portable.gradients import Arguments, GradientLauncher, dense_shape
 from torchhal.portable.launch import Launcher, Start
 from torchhal.portable.shapes import Shape, shape_of
 from torchhal.problems import AttentionProblem
+from torchhal_cuda128 import foreach as foreach_plans
 from torchhal_cuda128 import tiles
 
 BATCH, HEADS, KEY_HEADS, PAGE, BLOCK = 2, 8, 2, 16, 128
@@ -74,17 +77,48 @@ class Case:
         )
 
 
-DEFAULT: Final = {
+@dataclass(frozen=True)
+class Mapped:
+    """One AdamW step by foreach, or a sum of squares."""
+
+    dtype: torch.dtype = torch.float32
+    gaps: bool = False
+    """With tensors whose elements do not lie side by side."""
+    reduction: str | None = None
+    matrix: bool = field(default=False, init=False)
+
+    def compile(self, major: int, start: Start) -> None:
+        """Give its kernels to ``start``; they are cut alike for every compute capability major."""
+        mapper = foreach.Mapper(torch.device("cpu"), foreach_plans.BLOCKS, start)
+        size = 2 * foreach_plans.BLOCKS.elements
+        columns = [Column([torch.empty(size, 2, dtype=self.dtype)[:, : 2 - self.gaps]]) for _ in range(4)]
+        if self.reduction:
+            square = capture(lambda x: x * x, [("x", self.dtype)])
+            mapper.reduce(square.graph, columns[:1], (), self.reduction)
+        else:
+            step = capture(_adamw, [(name, self.dtype) for name in "pgmv"])
+            mapper.map(step.graph, columns, (), [columns[i].items for i in (0, 2, 3)])
+
+
+def _adamw(p: Any, g: Any, m: Any, v: Any) -> Any:
+    m = m * 0.9 + g * 0.1
+    v = v * 0.999 + g * g * 0.001
+    return p * 0.999 - m / (torch.sqrt(v) / 0.3 + 1e-8), m, v
+
+
+DEFAULT: Final[dict[str, Case | Mapped]] = {
     "prefill-64-causal": Case(64, causal=True),
     "decode-128": Case(rows=1),
     "varlen-128-causal": Case(layout="varlen", causal=True),
     "score-mod-64-causal": Case(64, causal=True, mod=True),
     "backward-64-causal": Case(64, causal=True, backward=True),
     "backward-128-causal": Case(causal=True, backward=True),
+    "foreach-adamw": Mapped(),
+    "foreach-sum": Mapped(reduction="sum"),
 }
 """Compiled by every run of the tests: the default tiles of each kind of kernel."""
 
-CASES: Final = {
+CASES: Final[dict[str, Case | Mapped]] = {
     **DEFAULT,
     "prefill-128": Case(),
     "paged-decode-128": Case(rows=1, layout="paged"),
@@ -103,11 +137,17 @@ CASES: Final = {
     "backward-128-paged": Case(rows=64, layout="paged", causal=True, backward=True),
     "backward-64-score-mod": Case(64, mod=True, causal=True, backward=True),
     "backward-128-window": Case(window=True, backward=True),
+    "foreach-adamw-gaps": Mapped(gaps=True),
+    "foreach-adamw-bfloat16": Mapped(torch.bfloat16),
+    "foreach-max-float64": Mapped(torch.float64, reduction="max"),
 }
 
 
-def compile_case(case: Case, major: int, start: Start) -> None:
+def compile_case(case: Case | Mapped, major: int, start: Start) -> None:
     """Give the kernels of a case, with the tiles of a compute capability major, to ``start``."""
+    if isinstance(case, Mapped):
+        case.compile(major, start)
+        return
     problem, tuning = case.problem, tiles.tuning_of(major, 132)
     query, key, value = _tensors(case)
     operands = _operands(case)

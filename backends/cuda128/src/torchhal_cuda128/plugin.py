@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torchhal
-from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, Plan
-from torchhal_cuda128 import attention, deploy, hardware
+from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, ForeachProblem, Plan
+from torchhal_cuda128 import attention, deploy, foreach, hardware
 from torchhal_cuda128.capabilities import CAPABILITIES
 
 
@@ -26,6 +26,12 @@ def torchhal_backend() -> BackendInfo:
 def torchhal_attention(problem: AttentionProblem) -> Plan | Decline:
     """The Triton kernels, where the hardware is suitable and Triton is installed."""
     return attention.plan(problem, hardware.observe())
+
+
+@torchhal.hookimpl
+def torchhal_foreach(problem: ForeachProblem) -> Plan | Decline:
+    """The Triton kernel, where the hardware is suitable and Triton is installed."""
+    return foreach.plan(problem, hardware.observe())
 
 
 @torchhal.hookimpl

@@ -98,13 +98,14 @@ _UNSIGNED_FORMS: Final = {
 # ---------------------------------------------------------------------------- nodes
 
 
-def expression(graph: Graph, node: Node, wide: bool) -> str:
+def expression(graph: Graph, node: Node, wide: bool, exact: bool = False) -> str:
     """The Triton expression of one node, over ``v0``, ``v1``, ... for the earlier ones.
 
     Args:
         graph: the graph.
         node: one of its nodes.
         wide: whether offsets into captured tensors may exceed 32 bits.
+        exact: whether divisions by numbers are rounded correctly where the quotient is not normal, too.
     """
     if node.primitive == "input":
         return f"x{node.position}"
@@ -117,7 +118,7 @@ def expression(graph: Graph, node: Node, wide: bool) -> str:
         return convert(operands[0], graph.nodes[node.operands[0]].dtype, node.dtype)
     by = graph.nodes[node.operands[-1]]
     if node.primitive == "div" and by.primitive == "constant" and by.dtype is not torch.float64:
-        ordinary = _division(operands[0], float(by.value))
+        ordinary = "" if exact else _division(operands[0], float(by.value))
         if ordinary:
             return _rounded(ordinary, node)
     form = _form(node.primitive, by.dtype)
@@ -203,21 +204,16 @@ def _gather(graph: Graph, node: Node, wide: bool) -> str:
 # ---------------------------------------------------------------------------- functions
 
 
-def source(graph: Graph, wide: bool = False) -> str:
-    """The source of the graph's Triton function, ``pointwise``.
-
-    Args:
-        graph: the function.
-        wide: whether offsets into captured tensors may exceed 32 bits.
-    """
+def source(graph: Graph, wide: bool = False, exact: bool = False) -> str:
+    """The source of the graph's Triton function, ``pointwise``; arguments as for :func:`expression`."""
     inputs = ", ".join([*(f"x{i}" for i in range(len(graph.inputs))), "captured"])
-    lines = [f"    v{i} = {expression(graph, node, wide)}" for i, node in enumerate(graph.nodes)]
+    lines = [f"    v{i} = {expression(graph, node, wide, exact)}" for i, node in enumerate(graph.nodes)]
     outputs = ", ".join(f"v{i}" for i in graph.outputs)
     return "\n".join(["@triton.jit", f"def pointwise({inputs}):", *lines, f"    return {outputs}", ""])
 
 
 @functools.lru_cache(maxsize=1024)
-def function(graph: Graph, wide: bool = False) -> Any:
+def function(graph: Graph, wide: bool = False, exact: bool = False) -> Any:
     """The graph as a Triton function, compiled into the kernels that call it; made once for each graph.
 
     Needs Triton: ask :func:`torchhal.portable.unavailable` first.
@@ -228,8 +224,8 @@ def function(graph: Graph, wide: bool = False) -> Any:
 
     from torchhal.portable import arithmetic
 
-    name = f"<pointwise {graph.digest}{' wide' if wide else ''}>"
-    text = source(graph, wide)
+    name = f"<pointwise {graph.digest}{' wide' * wide}{' exact' * exact}>"
+    text = source(graph, wide, exact)
     # Triton reads the source of a function back from where Python says that it came from.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     space: dict[str, Any] = {
