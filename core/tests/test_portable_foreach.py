@@ -183,6 +183,17 @@ def test_steps_on_the_same_tensors_upload_nothing_and_follow_their_numbers(
     assert not uploads and len(launches) == 5
 
 
+def test_tensors_that_come_back_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, g, m = lists()
+    others = lists()[1]
+    for grads in (g, others):
+        check_step(p, grads, m, 0.1)
+    check_step(p, g, m, 0.1)
+    monkeypatch.setattr(foreach, "upload", lambda *a: pytest.fail("uploaded again"))
+    for grads in (g, others, g):
+        check_step(p, grads, m, 0.1)
+
+
 @pytest.mark.parametrize("quick", [True, False], ids=["guards", "no guards"])
 def test_what_changed_since_the_last_step_is_seen(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not quick:

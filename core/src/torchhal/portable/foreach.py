@@ -217,12 +217,12 @@ class Mapper:
         sizes = [shape.numel() for shape in shapes]
         tensors = [*lists_of(columns), *results]
         if _is_flat(tensors, columns):
-            if all(_is_aligned(items) for items in addresses):
+            if all(is_aligned(items) for items in addresses):
                 return [Part(replace(form, aligned=True), range(len(sizes)), sizes, None, fields)]
             layouts: list[Layout] = [((), ())] * len(sizes)
         else:
             layouts = _layouts(tensors, shapes)
-        aligned = [_is_aligned(items) for items in zip(*addresses, strict=True)]
+        aligned = [is_aligned(items) for items in zip(*addresses, strict=True)]
         forms = [
             replace(form, rank=rank, aligned=rank == 0 and even, wide=rank > 0 and size >= 2**31)
             for rank, even, size in zip(map(_rank, layouts), aligned, sizes, strict=True)
@@ -232,18 +232,19 @@ class Mapper:
     def ready(self, part: Part) -> Ready:
         """The launch with its table on the device: as it was kept, or uploaded."""
         if is_capturing(self.device):
-            return self._uploaded(part)
+            return self.uploaded(part)
         key = (
             part.form, stream_of(self.device), tuple(part.positions), tuple(part.sizes),
             None if part.layouts is None else tuple(part.layouts), tuple(map(tuple, part.fields)),
         )  # fmt: skip
         found = self.kept.get(key)
         if found is None:
-            found = self._uploaded(part)
+            found = self.uploaded(part)
             self.kept.put(key, found)
         return found  # type: ignore[no-any-return]
 
-    def _uploaded(self, part: Part) -> Ready:
+    def uploaded(self, part: Part) -> Ready:
+        """The launch with its table on the device, uploaded just now."""
         sizes = torch.tensor(part.sizes, dtype=torch.int64)
         counts = (sizes + (self.blocks.elements - 1)) // self.blocks.elements
         rows = torch.zeros(len(part.sizes), part.form.width, dtype=torch.int64)
@@ -370,5 +371,6 @@ def _padded(found: Layout, rank: int) -> list[int]:
     return [*[1] * more, *sizes, *[step for own in strides for step in (*[0] * more, *own)]]
 
 
-def _is_aligned(addresses: Iterable[int]) -> bool:
+def is_aligned(addresses: Iterable[int]) -> bool:
+    """Whether all addresses are multiples of :data:`ALIGNMENT`."""
     return functools.reduce(operator.or_, addresses, 0) % ALIGNMENT == 0

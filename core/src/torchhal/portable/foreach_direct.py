@@ -9,17 +9,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from torchhal.derivatives import is_transformed
-from torchhal.foreach_columns import LIST, NUMBER, PLAIN, SHARED, Column
+from torchhal.foreach_columns import LIST, NUMBER, PLAIN, SHARED
 from torchhal.foreach_plans import Lists, Results
 from torchhal.portable.attention import on_device
-from torchhal.portable.foreach import Mapper, Ready, bits_of
+from torchhal.portable.foreach import Mapper, Part, Ready, bits_of, is_aligned
 from torchhal.portable.foreach_kernels import Form
 from torchhal.portable.foreach_tables import MOST, is_capturing, stream_of
 from torchhal.problems import ForeachProblem
@@ -48,15 +48,25 @@ def direct(problem: ForeachProblem, mapper: Mapper) -> Direct | None:
 
 @dataclass(slots=True)
 class _Known:
-    """A call that was looked at closely, and what it launched."""
+    """A call that was looked at closely, and where its tensors have been."""
 
     check: Callable[..., bool] | None
     """Whether tensors are like those of the call in type, device, shape and strides; None where that can not be told quickly."""
-    pointers: list[int]
+    lengths: list[int]
+    """How many tensors each operand has that is no number, and each list of destinations that is no operand."""
+    sizes: list[int]
+    """Elements at each position."""
+    bytes: Tensor
+    """Of each tensor, int64."""
     order: list[int]
-    """0, 1, ... for each of them."""
-    stream: Any
-    launches: list[tuple[Form, Ready]]
+    """0, 1, ... for each tensor."""
+    launches: dict[tuple[Any, ...], Launch]
+    """By stream and addresses."""
+    last: tuple[Any, list[int], Launch] | None = None
+    """The last of them."""
+
+
+Launch = tuple[Form, Ready]
 
 
 class _Calls:
@@ -70,44 +80,80 @@ class _Calls:
 
     def __call__(self, operands: Sequence[Any], out: Lists) -> Results | None:
         kinds = tuple([_kind(entry) for entry in operands])
-        places = [_place(items, operands) for items in out]
-        tensors: list[Tensor] = []
-        for entry, kind in zip(operands, kinds, strict=True):
-            if kind != NUMBER:
-                tensors += entry if kind == LIST else [entry]
-        for items, place in zip(out, places, strict=True):
-            if place is None:
-                tensors += items
+        places = tuple([_place(items, operands) for items in out])
+        given: list[Sequence[Tensor]] = [
+            entry if kind == LIST else [entry]
+            for entry, kind in zip(operands, kinds, strict=True)
+            if kind != NUMBER
+        ]
+        given += [items for items, place in zip(out, places, strict=True) if place is None]
+        tensors = [tensor for items in given for tensor in items]
         if not tensors:
             return None
         with on_device(tensors[0]):
-            key = (kinds, *places, len(tensors), id(tensors[0]))
+            key = (kinds, places, len(tensors), id(tensors[0]))
             known = self.known.get(key)
-            if known is None or not self._is_again(known, tensors):
-                known = self._look(operands, kinds, out, tensors)
+            if known is None or known.check is None or not known.check(*tensors):
+                known = self._look(operands, kinds, out, given, tensors)
                 if known is None:
                     return None
                 self._remember(key, known)
+            launch = self._launch(known, kinds, places, tensors)
+            if launch is None:
+                return None
             numbers = [bits_of(entry) for entry in operands if type(entry) is float]
-            for form, ready in known.launches:
-                self.mapper.launch(form, ready, (), numbers)
+            self.mapper.launch(*launch, (), numbers)
         torch.autograd.graph.increment_version([t for items in out for t in items])
         return out  # type: ignore[return-value]
 
-    def _is_again(self, known: _Known, tensors: list[Tensor]) -> bool:
-        if known.check is None or known.stream != stream_of(self.device) or is_capturing(self.device):
-            return False
-        return bool(known.check(*tensors)) and _are_at(tensors, known.pointers, known.order)
-
     def _remember(self, key: tuple[object, ...], known: _Known) -> None:
-        if is_capturing(self.device):
-            return
         if len(self.known) >= MOST:
             self.known.pop(next(iter(self.known)))
         self.known[key] = known
 
+    def _launch(
+        self, known: _Known, kinds: tuple[int, ...], places: tuple[int | None, ...], tensors: list[Tensor]
+    ) -> Launch | None:
+        """What computes with tensors where they are now; None where a destination overlaps with anything."""
+        capturing = is_capturing(self.device)
+        stream = stream_of(self.device)
+        if known.last is not None and not capturing:
+            at, pointers, launch = known.last
+            if at == stream and _are_at(tensors, pointers, known.order):
+                return launch
+        pointers = list(map(Tensor.data_ptr, tensors))
+        key = (stream, *pointers)
+        found = None if capturing else known.launches.get(key)
+        if found is None:
+            if _overlap(pointers, known.bytes):
+                return None
+            part = self._part(known, kinds, places, pointers)
+            found = (part.form, self.mapper.uploaded(part))
+        if not capturing:
+            if len(known.launches) >= MOST:
+                known.launches.pop(next(iter(known.launches)))
+            known.launches[key] = found
+            known.last = (stream, pointers, found)
+        return found
+
+    def _part(
+        self, known: _Known, kinds: tuple[int, ...], places: tuple[int | None, ...], pointers: list[int]
+    ) -> Part:
+        """All positions of a call, with the addresses of its tensors."""
+        ends = list(accumulate(known.lengths))
+        given = iter([pointers[end - length : end] for end, length in zip(ends, known.lengths, strict=True)])
+        fields = [[0] if kind == NUMBER else next(given) for kind in kinds]
+        fields += [next(given) if place is None else fields[place] for place in places]
+        form = Form(self.graph, kinds, aligned=is_aligned(pointers))
+        return Part(form, range(len(known.sizes)), known.sizes, None, fields)
+
     def _look(
-        self, operands: Sequence[Any], kinds: tuple[int, ...], out: Lists, tensors: list[Tensor]
+        self,
+        operands: Sequence[Any],
+        kinds: tuple[int, ...],
+        out: Lists,
+        given: list[Sequence[Tensor]],
+        tensors: list[Tensor],
     ) -> _Known | None:
         """The call looked at closely; None for one that is not of the kind that is served here."""
         lists = [entry for entry, kind in zip(operands, kinds, strict=True) if kind == LIST]
@@ -116,18 +162,10 @@ class _Calls:
             [t.shape for t in items] == shapes for items in (*lists[1:], *out)
         ):
             return None
-        pointers = [t.data_ptr() for t in tensors]
-        sizes = [t.nbytes for t in tensors]
-        spans = sorted([(start, start + size) for start, size in zip(pointers, sizes, strict=True) if size])
-        if any([end > following for (_, end), (following, _) in pairwise(spans)]):  # noqa: C419 (a list is quicker)
-            return None
-        columns = [_column(entry, kind) for entry, kind in zip(operands, kinds, strict=True)]
-        launches = [
-            (part.form, self.mapper.ready(part))
-            for part in self.mapper.parts(self.graph, columns, (), shapes, out)
-        ]
-        check = _checking(tensors)
-        return _Known(check, pointers, list(range(len(tensors))), stream_of(self.device), launches)
+        return _Known(
+            _checking(tensors), [len(items) for items in given], [shape.numel() for shape in shapes],
+            torch.tensor([t.nbytes for t in tensors]), list(range(len(tensors))), {},
+        )  # fmt: skip
 
     def _are_plain(self, operands: Sequence[Any], kinds: tuple[int, ...], out: Lists) -> bool:
         """Whether tensors are contiguous, of the problem's types, and on its device."""
@@ -165,8 +203,11 @@ def _place(items: Sequence[Tensor], operands: Sequence[Any]) -> int | None:
     return None
 
 
-def _column(entry: Any, kind: int) -> Column:
-    return Column(entry if kind == LIST else [entry], kind)
+def _overlap(pointers: list[int], sizes: Tensor) -> bool:
+    """Whether any two tensors share memory; each is given once."""
+    some = sizes > 0
+    starts, order = torch.tensor(pointers)[some].sort()
+    return bool((starts[:-1] + sizes[some][order][:-1] > starts[1:]).any())
 
 
 # ---------------------------------------------------------------------------- torch's own passes
