@@ -30,11 +30,12 @@ from torchhal.portable.foreach_kernels import (
     kernel,
     partial_type,
 )
-from torchhal.portable.foreach_tables import Kept, Layout, chunks_of, is_capturing, layout, stream_of, upload
+from torchhal.portable.foreach_tables import Kept, Layout, chunks_of, layout, upload
 from torchhal.portable.launch import Again, Start, start
 from torchhal.portable.printer import TYPES
 from torchhal.problems import Decline, ForeachClaims, ForeachProblem
 from torchhal.reference.foreach import reduced_dtype, smallest
+from torchhal.streams import is_capturing, stream_of
 
 CLAIMS: Final = ForeachClaims(
     dtypes=frozenset(DTYPES),

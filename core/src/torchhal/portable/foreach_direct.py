@@ -21,9 +21,10 @@ from torchhal.foreach_plans import Lists, Results
 from torchhal.portable.attention import on_device
 from torchhal.portable.foreach import Mapper, Part, Ready, bits_of, is_aligned
 from torchhal.portable.foreach_kernels import Form
-from torchhal.portable.foreach_tables import MOST, is_capturing, stream_of
+from torchhal.portable.foreach_tables import MOST
 from torchhal.problems import ForeachProblem
 from torchhal.reference.foreach import depends_on
+from torchhal.streams import is_capturing, stream_of
 
 Direct = Callable[[Sequence[Any], Lists | None], Results | None]
 
@@ -65,6 +66,11 @@ class _Known:
     last: tuple[Any, list[int], Launch] | None = None
     """The last of them."""
 
+    def is_like(self, other: _Known) -> bool:
+        """Whether what is known of another call's addresses holds for this one, for want of a quick check."""
+        same = (self.lengths, self.sizes) == (other.lengths, other.sizes)
+        return same and other.check is None and torch.equal(self.bytes, other.bytes)
+
 
 Launch = tuple[Form, Ready]
 
@@ -94,10 +100,11 @@ class _Calls:
             key = (kinds, places, len(tensors), id(tensors[0]))
             known = self.known.get(key)
             if known is None or known.check is None or not known.check(*tensors):
-                known = self._look(operands, kinds, out, given, tensors)
-                if known is None:
+                looked = self._look(operands, kinds, out, given, tensors)
+                if looked is None:
                     return None
-                self._remember(key, known)
+                if known is None or not looked.is_like(known):
+                    known = self._remember(key, looked)
             launch = self._launch(known, kinds, places, tensors)
             if launch is None:
                 return None
@@ -106,10 +113,11 @@ class _Calls:
         torch.autograd.graph.increment_version([t for items in out for t in items])
         return out  # type: ignore[return-value]
 
-    def _remember(self, key: tuple[object, ...], known: _Known) -> None:
+    def _remember(self, key: tuple[object, ...], known: _Known) -> _Known:
         if len(self.known) >= MOST:
             self.known.pop(next(iter(self.known)))
         self.known[key] = known
+        return known
 
     def _launch(
         self, known: _Known, kinds: tuple[int, ...], places: tuple[int | None, ...], tensors: list[Tensor]

@@ -16,6 +16,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torchhal.streams import is_capturing
+
 MOST: Final = 64
 """Tables and chunk lists kept for one problem: of new results, addresses are new at every call."""
 _ROOM: Final = 1 << 17
@@ -61,27 +63,7 @@ def chunks_of(sizes: Tensor, block: int) -> Tensor:
     return torch.stack([rows, blocks], 1).to(torch.int32).view(torch.int64).flatten()
 
 
-# ---------------------------------------------------------------------------- streams and captures
-
-
-def stream_of(device: torch.device) -> Any:
-    """What tells the device's current stream from others; None where there are none."""
-    if device.type == "cpu":
-        return None
-    return torch.accelerator.current_stream(device)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether calls are being recorded into a graph of the device."""
-    asked = _asking(device.type)
-    return asked is not None and bool(asked())
-
-
-@functools.cache
-def _asking(kind: str) -> Any:
-    if kind == "cpu":
-        return None
-    return getattr(torch.get_device_module(kind), "is_current_stream_capturing", None)
+# ---------------------------------------------------------------------------- memory for captures
 
 
 _arena: list[Tensor] = []
