@@ -10,6 +10,7 @@ replay fills.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ class Kept:
     def put(self, key: Any, value: Any) -> None:
         """Keep a value; one too many drops the oldest, whose memory the stream that reads it frees in its turn."""
         if len(self._found) >= MOST:
-            self._found.pop(next(iter(self._found)))
+            self._found.pop(next(iter(self._found)), None)
         self._found[key] = value
 
 
@@ -70,6 +71,9 @@ _arena: list[Tensor] = []
 """Pinned memory not yet given to a graph. What a graph has stays its own, for it does not say when it ends."""
 
 
+_lock: Final = threading.Lock()
+
+
 def reserve(words: int, device: torch.device) -> None:
     """See to it that a capture finds pinned memory: before torch 2.11 none can be allocated while it lasts."""
     if is_capturing(device) or (_arena and _arena[0].numel() >= 4 * words):
@@ -78,9 +82,10 @@ def reserve(words: int, device: torch.device) -> None:
 
 
 def _reserved(words: int) -> Tensor | None:
-    if not _arena or _arena[0].numel() < words:
-        return None
-    found, _arena[0] = _arena[0][:words], _arena[0][words:]
+    with _lock:
+        if not _arena or _arena[0].numel() < words:
+            return None
+        found, _arena[0] = _arena[0][:words], _arena[0][words:]
     return found
 
 
