@@ -46,9 +46,10 @@ def upload(words: Tensor, device: torch.device) -> Tensor:
     """A copy of int64 ``words`` on a device, written by its current stream."""
     if device.type == "cpu":
         return words.clone()
-    pinned = _reserved(words.numel()) if is_capturing(device) else None
-    if pinned is None:
-        reserve(words.numel(), device)
+    if is_capturing(device):
+        pinned = _taken(words.numel())
+    else:
+        _reserve(words.numel())
         pinned = torch.empty(words.numel(), dtype=torch.int64, pin_memory=True)
     pinned.copy_(words.flatten())
     return torch.empty(words.shape, dtype=torch.int64, device=device).copy_(
@@ -68,24 +69,26 @@ def chunks_of(sizes: Tensor, block: int) -> Tensor:
 
 
 _arena: list[Tensor] = []
-"""Pinned memory not yet given to a graph. What a graph has stays its own, for it does not say when it ends."""
-
-
+"""Pinned memory not yet given to a graph, in one piece."""
+_given: list[Tensor] = []
+"""What graphs read at every replay: theirs for good, for a graph does not say when it ends."""
 _lock: Final = threading.Lock()
 
 
-def reserve(words: int, device: torch.device) -> None:
+def _reserve(words: int) -> None:
     """See to it that a capture finds pinned memory: before torch 2.11 none can be allocated while it lasts."""
-    if is_capturing(device) or (_arena and _arena[0].numel() >= 4 * words):
-        return
-    _arena[:] = [torch.empty(max(_ROOM, 16 * words), dtype=torch.int64, pin_memory=True)]
-
-
-def _reserved(words: int) -> Tensor | None:
     with _lock:
-        if not _arena or _arena[0].numel() < words:
-            return None
-        found, _arena[0] = _arena[0][:words], _arena[0][words:]
+        if not _arena or _arena[0].numel() < 4 * words:
+            _arena[:] = [torch.empty(max(_ROOM, 16 * words), dtype=torch.int64, pin_memory=True)]
+
+
+def _taken(words: int) -> Tensor:
+    with _lock:
+        if _arena and _arena[0].numel() >= words:
+            found, _arena[0] = _arena[0][:words], _arena[0][words:]
+        else:
+            found = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        _given.append(found)
     return found
 
 
