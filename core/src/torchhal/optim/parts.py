@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -26,10 +26,26 @@ class Part:
     states: list[State]
     step: int | Tensor = 2
     """How often they have been updated, this time included; for a rule that does not count, 1 or 2."""
+    kept: list[list[Tensor]] = field(default_factory=list)
+    """The state of each name, as :meth:`read` found it."""
 
-    def kept(self, names: tuple[str, ...]) -> list[list[Tensor]]:
-        """The state of each name."""
-        return [[state[name] for state in self.states] for name in names]
+    def read(self, names: tuple[str, ...]) -> None:
+        """Read the state of each name, in one pass over the parameters."""
+        if len(names) == 1:
+            self.kept = [[state[names[0]] for state in self.states]]
+        elif names:
+            self.kept = list(map(list, zip(*map(operator.itemgetter(*names), self.states), strict=True)))
+
+    def read_again(self, names: tuple[str, ...], counts: bool) -> bool:
+        """Read it with the count, which has to be one for all; False where a closer look is needed."""
+        try:
+            self.read((*names, "step") if counts else names)
+        except KeyError:
+            return False
+        if not counts:
+            return True
+        steps = self.kept.pop()
+        return isinstance(steps[0], Tensor) and all(map(operator.is_, steps, repeat(steps[0])))
 
 
 @dataclass(slots=True)
@@ -60,14 +76,9 @@ class Arrangement:
             in_order = len(self.parts) == 1 and same(part.params, self.params)
             part.grads = self.grads if in_order else [p.grad for p in part.params if p.grad is not None]
             part.step = 2
-            if counts and not _count_is_shared(part.states):
+            if not part.read_again(names, counts):
                 return None
         return self.parts
-
-
-def _count_is_shared(states: list[State]) -> bool:
-    counts = [state.get("step") for state in states]
-    return isinstance(counts[0], Tensor) and all(map(operator.is_, counts, repeat(counts[0])))
 
 
 def same(items: Collection[Any], others: Collection[Any]) -> bool:

@@ -136,21 +136,17 @@ class Rule(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             names = self.state_names(group)
             for part in self._parts(number, group, names, steady):
-                kept = part.kept(names)
-                out = (part.params, *kept) if kept else part.params
-                numbers = self.numbers(group, part.step)
-                foreach_map(
-                    type(self).update,
-                    part.params,
-                    part.grads,
-                    *kept,
-                    *numbers,
-                    out=out,
-                    **self.options(group),
-                )
+                self._update(group, part)
         if not steady:
             self._known = list(self.state), list(self.state.values())
         return loss
+
+    def _update(self, group: Group, part: Part) -> None:
+        kept, numbers = part.kept, self.numbers(group, part.step)
+        out = (part.params, *kept) if kept else part.params
+        foreach_map(
+            type(self).update, part.params, part.grads, *kept, *numbers, out=out, **self.options(group)
+        )
 
     def _parts(self, number: int, group: Group, names: tuple[str, ...], steady: bool) -> list[Part]:
         """The parameters of a group that have a gradient, in parts; as in the last step where nothing has changed."""
@@ -165,6 +161,8 @@ class Rule(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         self._check(params)
         parts = self._arranged(params, group, names)
+        for part in parts:
+            part.read(names)
         if params and len(params) == len(group["params"]):
             self._last[number] = Arrangement(list(params), [p.grad for p in params], names, parts)
         return parts

@@ -59,8 +59,14 @@ class Blocks:
     elements: int = 1024
     """Of one program: a power of two."""
     warps: int = 4
+    reduced: int = 4096
+    """Of one program of a reduction, which writes one number."""
     settled: int = 256
     """Chunks whose sums are added at once, in the second pass of a reduction."""
+
+    def of(self, form: Form) -> int:
+        """Elements of one program of a form's kernel."""
+        return self.elements if form.reduction is None else self.reduced
 
 
 PLAIN: Final = Blocks()
@@ -123,7 +129,6 @@ class Mapper:
         self.blocks = blocks
         self.start = start
         self.kept = Kept()
-        self.options = {"BLOCK": blocks.elements, "num_warps": blocks.warps, **OPTIONS}
 
     # ------------------------------------------------------------------------ the two passes
 
@@ -182,7 +187,7 @@ class Mapper:
         result = reduced_dtype(dtype, form.reduction)
         constants = {
             "WIDTH": form.width, "BLOCK": self.blocks.settled, "OUTPUT": output, "OUTPUTS": form.outputs,
-            "CHUNK": self.blocks.elements, "KIND": _type(partial_type(dtype, form.reduction)),
+            "CHUNK": self.blocks.reduced, "KIND": _type(partial_type(dtype, form.reduction)),
             "TYPE": _type(torch.int8 if result is torch.bool else result),
             "LEAST": 0 if result.is_floating_point else int(smallest(result)), "REDUCTION": form.reduction, **OPTIONS,
         }  # fmt: skip
@@ -247,7 +252,8 @@ class Mapper:
     def uploaded(self, part: Part) -> Ready:
         """The launch with its table on the device, uploaded just now."""
         sizes = torch.tensor(part.sizes, dtype=torch.int64)
-        counts = (sizes + (self.blocks.elements - 1)) // self.blocks.elements
+        block = self.blocks.of(part.form)
+        counts = (sizes + (block - 1)) // block
         rows = torch.zeros(len(part.sizes), part.form.width, dtype=torch.int64)
         rows[:, ELEMENTS] = sizes
         rows[:, PLACE] = torch.tensor(part.positions)
@@ -257,15 +263,15 @@ class Mapper:
         if part.layouts is not None:
             rank = part.form.rank
             rows[:, part.form.sizes :] = torch.tensor([_padded(found, rank) for found in part.layouts])
-        return Ready(upload(rows, self.device), self._chunks(sizes), int(counts.sum()), [])
+        return Ready(upload(rows, self.device), self._chunks(sizes, block), int(counts.sum()), [])
 
-    def _chunks(self, sizes: Tensor) -> Tensor:
+    def _chunks(self, sizes: Tensor, block: int) -> Tensor:
         """The list of chunks, which calls on other tensors of the same sizes share."""
-        key = (stream_of(self.device), tuple(sizes.tolist()))
+        key = (stream_of(self.device), block, tuple(sizes.tolist()))
         capturing = is_capturing(self.device)
         found = None if capturing else self.kept.get(key)
         if found is None:
-            found = upload(chunks_of(sizes, self.blocks.elements), self.device).view(torch.int32)
+            found = upload(chunks_of(sizes, block), self.device).view(torch.int32)
             if not capturing:
                 self.kept.put(key, found)
         return found
@@ -278,7 +284,8 @@ class Mapper:
         if ready.again:
             ready.again[0](*arguments)
         else:
-            ready.again.append(self.start(kernel(form), (ready.programs,), arguments, self.options))
+            options = {"BLOCK": self.blocks.of(form), "num_warps": self.blocks.warps, **OPTIONS}
+            ready.again.append(self.start(kernel(form), (ready.programs,), arguments, options))
 
 
 # ---------------------------------------------------------------------------- columns
