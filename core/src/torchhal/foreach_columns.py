@@ -74,6 +74,8 @@ def lists_of(columns: Sequence[Column]) -> list[Sequence[Tensor]]:
 def shapes_agree(columns: Sequence[Column]) -> bool:
     """Whether all lists of tensors have the same shapes."""
     first, *others = lists_of(columns)
+    if not others:
+        return True
     shapes = [tensor.shape for tensor in first]
     return all([tensor.shape for tensor in items] == shapes for items in others)
 

@@ -81,7 +81,9 @@ def _settled(tensor: Tensor) -> Tensor:
 
 
 def _same(got: Tensor, wanted: Tensor) -> bool:
-    return calls.same_bits(_settled(got), _settled(wanted)) and torch.equal(got.isnan().cpu(), wanted.isnan().cpu())
+    return calls.same_bits(_settled(got), _settled(wanted)) and torch.equal(
+        got.isnan().cpu(), wanted.isnan().cpu()
+    )
 
 
 def _require_bits(name: str, got: Tensor, wanted: Tensor, rounded: Tensor) -> None:

@@ -165,7 +165,7 @@ class Mapper:
         shapes = _shapes(columns)
         like = lists_of(columns)[0]
         dtypes = [reduced_dtype(graph.nodes[node].dtype, reduction) for node in graph.outputs]
-        results = tuple([[like[0].new_empty((), dtype=dtype) for _ in shapes] for dtype in dtypes])
+        results = tuple([[like[0].new_empty((), dtype=dtype) for _ in like] for dtype in dtypes])
         captured = [t.resolve_neg() for t in captured]
         with on_device(like[0]):
             places = array("q", [t.data_ptr() for items in zip(*results, strict=True) for t in items])
@@ -201,7 +201,7 @@ class Mapper:
         graph: Graph,
         columns: Sequence[Column],
         captured: Sequence[Tensor],
-        shapes: Sequence[torch.Size],
+        shapes: Sequence[torch.Size] | None,
         results: Lists,
         reduction: str | None = None,
     ) -> list[Part]:
@@ -211,7 +211,7 @@ class Mapper:
             graph: the function.
             columns: its operands.
             captured: its captured tensors.
-            shapes: of the results.
+            shapes: of the results; None where all lists have those.
             results: where they are written; nothing for a reduction.
             reduction: what becomes of them.
         """
@@ -220,14 +220,14 @@ class Mapper:
         fields += [[t.data_ptr()] for t in captured]
         fields += [[t.data_ptr() for t in items] for items in results]
         addresses = [fields[i] for i in form.listed] + fields[len(fields) - len(results) :]
-        sizes = [shape.numel() for shape in shapes]
         tensors = [*lists_of(columns), *results]
-        if _is_flat(tensors, columns):
+        sizes = [shape.numel() for shape in shapes] if shapes else [t.numel() for t in tensors[0]]
+        if shapes is None and all([t.is_contiguous() for items in tensors for t in items]):  # noqa: C419 (a list is quicker)
             if all(is_aligned(items) for items in addresses):
                 return [Part(replace(form, aligned=True), range(len(sizes)), sizes, None, fields)]
             layouts: list[Layout] = [((), ())] * len(sizes)
         else:
-            layouts = _layouts(tensors, shapes)
+            layouts = _layouts(tensors, shapes or [t.shape for t in tensors[0]])
         aligned = [is_aligned(items) for items in zip(*addresses, strict=True)]
         forms = [
             replace(form, rank=rank, aligned=rank == 0 and even, wide=rank > 0 and size >= 2**31)
@@ -291,14 +291,13 @@ class Mapper:
 # ---------------------------------------------------------------------------- columns
 
 
-def _shapes(columns: Sequence[Column]) -> Sequence[torch.Size]:
-    """The shape of the result at each position."""
-    lists = lists_of(columns)
+def _shapes(columns: Sequence[Column]) -> Sequence[torch.Size] | None:
+    """The shape of the result at each position; None where it is that of the tensors of every list."""
     if shapes_agree(columns):
-        return [t.shape for t in lists[0]]
+        return None
     return [
         torch.Size(torch.broadcast_shapes(*[t.shape for t in tensors]))  # type: ignore[no-untyped-call]
-        for tensors in zip(*lists, strict=True)
+        for tensors in zip(*lists_of(columns), strict=True)
     ]
 
 
@@ -338,26 +337,26 @@ def _type(dtype: torch.dtype) -> Any:
 # ---------------------------------------------------------------------------- memory
 
 
-def _new(like: Sequence[Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+def _new(like: Sequence[Tensor], shapes: Sequence[torch.Size] | None, dtype: torch.dtype) -> list[Tensor]:
     """New tensors, in memory as those of a list where they have its shape."""
+    if shapes is None:
+        return [torch.empty_like(t, dtype=dtype, requires_grad=False) for t in like]
     return [
-        torch.empty_like(t, dtype=dtype, requires_grad=False) if t.shape == shape else t.new_empty(shape, dtype=dtype)
+        torch.empty_like(t, dtype=dtype, requires_grad=False)
+        if t.shape == shape
+        else t.new_empty(shape, dtype=dtype)
         for t, shape in zip(like, shapes, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _writable(
-    items: Sequence[Tensor], like: Sequence[Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype
+    items: Sequence[Tensor], like: Sequence[Tensor], shapes: Sequence[torch.Size] | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """The destinations themselves where results can be written there, new tensors elsewhere."""
     return [
         d if d.dtype is dtype and d.shape == shape and not d.is_neg() else t.new_empty(shape, dtype=dtype)
-        for d, t, shape in zip(items, like, shapes, strict=True)
+        for d, t, shape in zip(items, like, shapes or [t.shape for t in like], strict=True)
     ]
-
-
-def _is_flat(tensors: Lists, columns: Sequence[Column]) -> bool:
-    return shapes_agree(columns) and all([t.is_contiguous() for items in tensors for t in items])  # noqa: C419 (a list is quicker)
 
 
 def _layouts(tensors: Lists, shapes: Sequence[torch.Size]) -> list[Layout]:

@@ -49,8 +49,8 @@ def direct(problem: ForeachProblem, mapper: Mapper) -> Direct | None:
 
 Launch = tuple[Form, Ready]
 BLOCK: Final = 128
-"""Tensors that are asked all questions before the next ones are asked any: their memory is then still in the cache. Asked 4000
-tensors at a time, each question took 200 ns (Xeon, H100 machine), three times what it takes where nothing has to be fetched."""
+"""Tensors that are asked all questions before the next ones are asked any, while their memory is in the cache. The questions
+took 0.9, 0.75 and 0.4 ms of 4000 tensors one after the other, and 0.75, 0.55 and 0.3 ms so (profiled, host of an H100)."""
 
 
 class _Block(NamedTuple):
