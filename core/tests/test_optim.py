@@ -120,6 +120,116 @@ def test_a_checkpoint_of_a_capturable_fused_optimizer_goes_on_in_one_pass() -> N
     assert torch.allclose(p, q, rtol=1e-6) and ours.param_groups[0]["fused"] is None
 
 
+class Pair:
+    """The same parameters under a rule of ours with and without ``capturable``."""
+
+    def __init__(self) -> None:
+        self.params = [[torch.nn.Parameter(torch.ones(n)) for n in (3, 5, 2)] for _ in range(2)]
+        self.rules = [optim.AdamW(p, capturable=c) for p, c in zip(self.params, (False, True), strict=True)]
+
+    def step(self, absent: tuple[int, ...] = ()) -> None:
+        for params, rule in zip(self.params, self.rules, strict=True):
+            for number, param in enumerate(params):
+                param.grad = None if number in absent else torch.full_like(param, 0.5 + number)
+            rule.step()
+
+    def counts(self, which: int) -> list[float]:
+        return [float(self.rules[which].state[p]["step"]) for p in self.params[which]]
+
+    def check(self) -> None:
+        assert self.counts(0) == self.counts(1)
+        for mine, other in zip(*self.params, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
+
+
+def test_steps_that_count_on_the_device_are_those_that_count_on_the_host() -> None:
+    pair = Pair()
+    for absent in ((), (), (1,), (), (0, 2), (), (), ()):
+        pair.step(absent)
+        pair.check()
+
+
+def test_counts_on_the_device_stay_where_they_are_so_that_graphs_count_on() -> None:
+    pair = Pair()
+    pair.step()
+    counts = [pair.rules[1].state[p]["step"] for p in pair.params[1]]
+    pair.step()
+    assert [pair.rules[1].state[p]["step"] for p in pair.params[1]] == counts == [counts[0]] * 3
+    assert float(counts[0]) == 2.0
+
+
+def test_equal_counts_of_a_checkpoint_are_shared_again() -> None:
+    pair = Pair()
+    for absent in ((), (1,)):
+        pair.step(absent)
+    for rule in pair.rules:
+        rule.load_state_dict(copy.deepcopy(rule.state_dict()))
+    states = [pair.rules[1].state[p]["step"] for p in pair.params[1]]
+    assert states[0] is states[2] is not states[1]
+    for absent in ((), (2,), ()):
+        pair.step(absent)
+        pair.check()
+
+
+def test_a_rate_on_the_host_is_read_at_every_step() -> None:
+    p, rate = torch.nn.Parameter(torch.ones(3)), torch.tensor(0.0)
+    rule = optim.AdamW([p], lr=rate, capturable=True)
+    p.grad = torch.ones(3)
+    rule.step()
+    assert torch.equal(p, torch.ones(3))
+    rate.fill_(0.5)
+    rule.step()
+    assert (p < 0.6).all()
+
+
+def test_a_step_that_a_graph_would_repeat_with_the_same_count_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torchhal.optim.rule.is_capturing", lambda device: True)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(InvalidProblem, match=r"AdamW is being captured .* same step count.*capturable=True"):
+        optim.AdamW([p]).step()
+    optim.AdamW([p], capturable=True).step()
+    optim.SGD([p]).step()
+
+
+def test_what_is_put_in_place_of_state_gradients_or_parameters_is_used() -> None:
+    pair = Pair()
+    for _ in range(3):
+        pair.step()
+    for params, rule in zip(pair.params, pair.rules, strict=True):
+        rule.state[params[0]]["exp_avg"] = torch.ones(3)
+        rule.state[params[1]] = {**rule.state[params[1]], "exp_avg": torch.ones(5)}
+        rule.state[params[2]]["step"] = torch.tensor(40.0)
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        before = [p.detach().clone() for p in params]
+        rule.step()
+        assert all((p < b).all() for p, b in zip(params[:2], before, strict=False))
+        assert rule.state[params[2]]["step"] == 41.0 and rule.state[params[0]]["step"] == 4.0
+        params.append(torch.nn.Parameter(torch.ones(4)))
+        params[3].grad = torch.ones(4)
+        rule.add_param_group({"params": [params[3]]})
+        rule.step()
+        assert rule.state[params[3]]["step"] == 1.0 and (params[3] < 1).all()
+        del rule.state[params[0]]
+        rule.step()
+        assert rule.state[params[0]]["step"] == 1.0
+    pair.check()
+
+
+def test_sparse_gradients_are_refused_after_dense_ones_too() -> None:
+    p = param()[0]
+    rule = optim.AdamW([p])
+    p.grad = torch.ones(2, 2)
+    for _ in range(2):
+        rule.step()
+    p.grad = torch.ones(2, 2).to_sparse()
+    with pytest.raises(InvalidProblem, match="dense gradients"):
+        rule.step()
+
+
 def test_half_types_are_rounded_once() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         p = torch.nn.Parameter(torch.randn(50).to(dtype))
@@ -233,7 +343,6 @@ def complex_valued() -> torch.nn.Parameter:
         (lambda: optim.AdamW(param(), lr=torch.ones(2)), "one element"),
         (lambda: optim.AdamW(param(), betas=(0.9, 1.0)), "betas must be two of"),
         (lambda: optim.SGD(param(), nesterov=True), "with a momentum and without dampening"),
-        (lambda: optim.AdamW(param(), capturable=True), "does not have capturable=True.*can not replay"),
         (lambda: optim.AdamW(param(), differentiable=True), "does not have differentiable=True"),
         (lambda: optim.AdamW(param(), fused=False), "does not have fused=False.*no other"),
         (lambda: optim.SGD(param(), foreach=False), "does not have foreach=False"),

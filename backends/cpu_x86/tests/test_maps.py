@@ -14,6 +14,7 @@ from native_cases import SETS, Tensor, forced, threads
 
 import torchhal
 from torchhal.errors import InvalidProblem
+from torchhal.foreach_columns import LIST
 from torchhal_cpu_x86 import maps
 
 INF, NAN = float("inf"), float("nan")
@@ -225,7 +226,7 @@ def test_a_leaf_that_requires_grad_is_refused_as_by_torch() -> None:
 
 
 def test_programs_are_forgotten_with_the_plans_that_prepared_them() -> None:
-    prepared = maps.Prepared(_twice(), (maps.LIST,), (maps.NEW,))
+    prepared = maps.Prepared(_twice(), (LIST,), (maps.NEW,))
     number, xs = prepared.number, [torch.ones(3)]
     made, served = torch.ops.torchhal_cpu_x86.foreach(xs, [], number)
     assert served and torch.equal(made[0], xs[0] * 2)
@@ -241,7 +242,7 @@ def _twice() -> Any:
 
 
 def test_the_operator_refuses_lists_that_the_program_does_not_take() -> None:
-    prepared = maps.Prepared(_twice(), (maps.LIST,), (maps.GIVEN,))
+    prepared = maps.Prepared(_twice(), (LIST,), (maps.GIVEN,))
     with pytest.raises(RuntimeError, match="3 tensors and 0 numbers"):
         torch.ops.torchhal_cpu_x86.foreach([torch.ones(2)] * 3, [], prepared.number)
 

@@ -7,21 +7,18 @@ import functools
 import weakref
 from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from torchhal.foreach_columns import LIST, SHARED, Column, lists_of, shapes_agree
 from torchhal.pointwise import Graph
 from torchhal.reference.foreach import reduced_dtype, smallest
 from torchhal_cpu_x86 import native, programs
 
 MOST_INPUTS: Final = 64
 """As ``native/src/program.hpp`` has it."""
-
-
-LIST, SHARED, NUMBER, NUMBERS = range(4)
-"""``thal_kind`` of torchhal_cpu_x86.h: how an operand is given."""
 NEW: Final = -1
 GIVEN: Final = -2
 """Where the operator writes an output: to new tensors, or to a list that comes after the operands."""
@@ -29,33 +26,6 @@ GIVEN: Final = -2
 
 REDUCTIONS: Final = {None: 0, "sum": 1, "max": 2, "any": 3}
 """As torchhal_cpu_x86.h numbers them."""
-
-
-class Column(NamedTuple):
-    """One operand: a tensor for each position, or one 0-dim tensor for all of them."""
-
-    items: Sequence[Tensor]
-    kind: int = LIST
-    """``LIST``, ``SHARED`` (one tensor or number) or ``NUMBERS``: a number for each position, as 0-dim tensors."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether there is one element for all positions."""
-        return self.kind == SHARED
-
-    def at(self, positions: Sequence[int]) -> Column:
-        """The column at some positions."""
-        return self if self.shared else self._replace(items=[self.items[position] for position in positions])
-
-
-def is_readable(column: Column) -> bool:
-    """Whether a column's tensors are what their memory says: no subclass's, and not to be negated on reading."""
-    plain = set(map(type, column.items)) <= PLAIN
-    return plain and not any([t.is_neg() for t in column.items])  # noqa: C419 (a list is quicker)
-
-
-PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
-"""Types of tensors that are what their memory says."""
 
 
 def run(
@@ -131,16 +101,9 @@ def _clamped(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return largest if dtype.is_floating_point else largest.clamp_min(int(smallest(dtype)))
 
 
-def shapes_agree(columns: Sequence[Column]) -> bool:
-    """Whether the tensors at each position have one shape."""
-    first, *others = [column.items for column in columns if column.kind == LIST]
-    shapes = [tensor.shape for tensor in first]
-    return all([tensor.shape for tensor in items] == shapes for items in others)
-
-
 def _flattened(columns: Sequence[Column]) -> Sequence[Column]:
     """Columns whose tensors at each position have one shape and one order in memory, and no gaps."""
-    lists = [column.items for column in columns if column.kind == LIST]
+    lists = lists_of(columns)
     if shapes_agree(columns) and all([t.is_contiguous() for items in lists for t in items]):  # noqa: C419 (a list is quicker)
         return columns
     positions = [_aligned(tensors) for tensors in zip(*lists, strict=True)]
@@ -263,7 +226,8 @@ def _call(
     out: array[int],
     reduction: str | None = None,
 ) -> None:
-    kinds = tuple([column.kind for column in columns])
+    # Numbers are given as tensors here; by value the operator alone takes them.
+    kinds = tuple([SHARED if column.shared else column.kind for column in columns])
     program = prepared(graph, kinds, (NEW,) * len(graph.outputs), reduction)
     sizes, data = array("q", counts), array("Q")
     for column in columns:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from torchhal import Decline, Plan
+from torchhal.foreach_columns import Column, is_readable
 from torchhal.problems import MatmulProblem
 from torchhal.products import packed
 from torchhal.products.product import runner, wants_gradients
 from torchhal.reference import matmul as reference
 from torchhal_cpu_x86 import hardware, native, products, programs
-from torchhal_cpu_x86.maps import Column, is_readable
 
 
 def plan(problem: MatmulProblem) -> Plan | Decline:

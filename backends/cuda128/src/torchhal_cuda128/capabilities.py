@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from torchhal.portable import attention, matmul
+from torchhal.portable import attention, foreach, matmul
 from torchhal.problems import Capabilities, DeployClaims
 
 CAPABILITIES: Final = Capabilities(
@@ -18,6 +18,7 @@ CAPABILITIES: Final = Capabilities(
         additive_mask=False,
     ),
     matmul=matmul.CLAIMS,
+    foreach=foreach.CLAIMS,
     deploy=DeployClaims(tasks=frozenset({"compile_options", "profiler"})),
 )
 """Of attention what the portable kernels do on Hopper by the conformance suite, in the types that its matrix units multiply.

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import torchhal
+from torchhal.foreach_columns import Column
 from torchhal.operands import AttentionOperands
 from torchhal.pointwise import capture
-from torchhal.portable import matmul
+from torchhal.portable import foreach, matmul
 from torchhal.portable.gradients import Arguments, GradientLauncher, dense_shape
 from torchhal.portable.launch import Launcher, Start
 from torchhal.portable.shapes import Shape, shape_of
 from torchhal.problems import AttentionProblem
 from torchhal.products.graphs import Captured, Functions, fuse
 from torchhal.products.packed import Operand
+from torchhal_cuda128 import foreach as foreach_plans
 from torchhal_cuda128 import matmul_tiles, tiles
 
 BATCH, HEADS, KEY_HEADS, PAGE, BLOCK = 2, 8, 2, 16, 128
@@ -124,7 +126,36 @@ class Product:
         multiply(a, b, None, fused.arrange(captured, None), (self.dtype,))
 
 
-DEFAULT: Final[dict[str, Case | Product]] = {
+@dataclass(frozen=True)
+class Mapped:
+    """One AdamW step by foreach, or a sum of squares."""
+
+    dtype: torch.dtype = torch.float32
+    gaps: bool = False
+    """With tensors whose elements do not lie side by side."""
+    reduction: str | None = None
+    matrix: bool = field(default=False, init=False)
+
+    def compile(self, major: int, start: Start) -> None:
+        """Give its kernels to ``start``; they are cut alike for every compute capability major."""
+        mapper = foreach.Mapper(torch.device("cpu"), foreach_plans.BLOCKS, start)
+        size = 2 * foreach_plans.BLOCKS.elements
+        columns = [Column([torch.empty(size, 2, dtype=self.dtype)[:, : 2 - self.gaps]]) for _ in range(4)]
+        if self.reduction:
+            square = capture(lambda x: x * x, [("x", self.dtype)])
+            mapper.reduce(square.graph, columns[:1], (), self.reduction)
+        else:
+            step = capture(_adamw, [(name, self.dtype) for name in "pgmv"])
+            mapper.map(step.graph, columns, (), [columns[i].items for i in (0, 2, 3)])
+
+
+def _adamw(p: Any, g: Any, m: Any, v: Any) -> Any:
+    m = m * 0.9 + g * 0.1
+    v = v * 0.999 + g * g * 0.001
+    return p * 0.999 - m / (torch.sqrt(v) / 0.3 + 1e-8), m, v
+
+
+DEFAULT: Final[dict[str, Case | Product | Mapped]] = {
     "prefill-64-causal": Case(64, causal=True),
     "decode-128": Case(rows=1),
     "varlen-128-causal": Case(layout="varlen", causal=True),
@@ -133,10 +164,12 @@ DEFAULT: Final[dict[str, Case | Product]] = {
     "backward-128-causal": Case(causal=True, backward=True),
     "product-residual": Product(epilogue=True),
     "product-int8-few": Product(rows=16, bits=8),
+    "foreach-adamw": Mapped(),
+    "foreach-sum": Mapped(reduction="sum"),
 }
 """Compiled by every run of the tests: the default tiles of each kind of kernel."""
 
-CASES: Final[dict[str, Case | Product]] = {
+CASES: Final[dict[str, Case | Product | Mapped]] = {
     **DEFAULT,
     "prefill-128": Case(),
     "paged-decode-128": Case(rows=1, layout="paged"),
@@ -163,12 +196,15 @@ CASES: Final[dict[str, Case | Product]] = {
     "product-int8": Product(bits=8),
     "product-int4-few": Product(rows=16, bits=4, group=64),
     "product-float32": Product(dtype=torch.float32),
+    "foreach-adamw-gaps": Mapped(gaps=True),
+    "foreach-adamw-bfloat16": Mapped(torch.bfloat16),
+    "foreach-max-float64": Mapped(torch.float64, reduction="max"),
 }
 
 
-def compile_case(case: Case | Product, major: int, start: Start) -> None:
+def compile_case(case: Case | Product | Mapped, major: int, start: Start) -> None:
     """Give the kernels of a case, with the tiles of a compute capability major, to ``start``."""
-    if isinstance(case, Product):
+    if isinstance(case, Product | Mapped):
         case.compile(major, start)
         return
     problem, tuning = case.problem, tiles.tuning_of(major, 132)

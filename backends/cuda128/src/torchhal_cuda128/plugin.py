@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torchhal
-from torchhal.problems import AttentionProblem, BackendInfo, Decline, DeployProblem, MatmulProblem, Plan
-from torchhal_cuda128 import attention, deploy, doctor, hardware, matmul
+from torchhal.problems import (
+    AttentionProblem,
+    BackendInfo,
+    Decline,
+    DeployProblem,
+    ForeachProblem,
+    MatmulProblem,
+    Plan,
+)
+from torchhal_cuda128 import attention, deploy, doctor, foreach, hardware, matmul
 from torchhal_cuda128.capabilities import CAPABILITIES
 
 
@@ -32,6 +40,12 @@ def torchhal_attention(problem: AttentionProblem) -> Plan | Decline:
 def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline:
     """The Triton kernels, and cuBLAS for plain products, where the hardware is suitable and Triton is installed."""
     return matmul.plan(problem, hardware.observe())
+
+
+@torchhal.hookimpl
+def torchhal_foreach(problem: ForeachProblem) -> Plan | Decline:
+    """The Triton kernel, where the hardware is suitable and Triton is installed."""
+    return foreach.plan(problem, hardware.observe())
 
 
 @torchhal.hookimpl

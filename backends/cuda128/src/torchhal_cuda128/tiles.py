@@ -24,14 +24,18 @@ MEASURED: Final = frozenset({9})
 
 def tuning(device: Device) -> Tuning | Decline:
     """The tiles for a device, or why there are none that have been tried."""
-    major = device.capability[0]
-    if major not in MEASURED:
-        found = f"{device.name} has compute capability {major}.{device.capability[1]}"
-        return Decline(
-            "architecture_untried",
-            f"{found}; the kernels have never run on that, and so are not served",
-        )
-    return tuning_of(major, max(device.multiprocessors, 1))
+    return untried(device) or tuning_of(device.capability[0], max(device.multiprocessors, 1))
+
+
+def untried(device: Device) -> Decline | None:
+    """Why kernels are not served on a device that their like has never run on."""
+    major, minor = device.capability
+    if major in MEASURED:
+        return None
+    found = f"{device.name} has compute capability {major}.{minor}"
+    return Decline(
+        "architecture_untried", f"{found}; the kernels have never run on that, and so are not served"
+    )
 
 
 def tuning_of(major: int, multiprocessors: int) -> Tuning:

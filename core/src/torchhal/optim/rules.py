@@ -49,7 +49,9 @@ class AdamW(Rule):
         amsgrad: divide by the largest second average so far (Reddi et al. 2018).
         maximize: climb instead of descend.
         foreach, fused: accepted as True or None: a step is one pass anyway.
-        capturable, differentiable: accepted as False alone.
+        capturable: count steps on the device, and read a learning rate there that is a tensor, so that a step can be recorded
+            in a graph and replayed.
+        differentiable: accepted as False alone.
 
     Raises:
         InvalidProblem: a value out of its range, or a keyword that can not be honoured.
@@ -75,10 +77,18 @@ class AdamW(Rule):
         averages = ("exp_avg", "exp_avg_sq")
         return (*averages, "max_exp_avg_sq") if group["amsgrad"] else averages
 
-    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    def numbers(self, group: Group, step: int | Tensor) -> tuple[float | Tensor, ...]:
+        lr, (beta1, beta2) = self.rate(group), group["betas"]
+        count: Any = step.double() if isinstance(step, Tensor) else step
         shrink = 1.0 - lr * float(group["weight_decay"])
-        return shrink, 1.0 - beta1, beta2, lr / (1.0 - beta1**step), (1.0 - beta2**step) ** 0.5, group["eps"]
+        return (
+            shrink,
+            1.0 - beta1,
+            beta2,
+            lr / (1.0 - beta1**count),
+            (1.0 - beta2**count) ** 0.5,
+            group["eps"],
+        )
 
     def options(self, group: Group) -> dict[str, Any]:
         return {"maximize": bool(group["maximize"])}
@@ -125,7 +135,7 @@ class Lion(Rule):
     def state_names(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+    def numbers(self, group: Group, step: int | Tensor) -> tuple[float | Tensor, ...]:
         lr = float(group["lr"])
         return lr, 1.0 - lr * float(group["weight_decay"]), *group["betas"]
 
@@ -178,7 +188,7 @@ class SGD(Rule):
     def state_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def numbers(self, group: Group, step: int) -> tuple[float, ...]:
+    def numbers(self, group: Group, step: int | Tensor) -> tuple[float | Tensor, ...]:
         momentum = float(group["momentum"])
         share = 1.0 if step == 1 else 1.0 - float(group["dampening"])
         return float(group["lr"]), float(group["weight_decay"]), momentum, share

@@ -99,7 +99,9 @@ _UNSIGNED_FORMS: Final = {
 # ---------------------------------------------------------------------------- nodes
 
 
-def expression(graph: Graph, node: Node, wide: bool, direct: frozenset[int] | None = None) -> str:
+def expression(
+    graph: Graph, node: Node, wide: bool, direct: frozenset[int] | None = None, exact: bool = False
+) -> str:
     """The Triton expression of one node, over ``v0``, ``v1``, ... for the earlier ones.
 
     Args:
@@ -107,6 +109,7 @@ def expression(graph: Graph, node: Node, wide: bool, direct: frozenset[int] | No
         node: one of its nodes.
         wide: whether offsets into captured tensors may exceed 32 bits.
         direct: as :func:`source` has it.
+        exact: whether divisions by numbers are rounded correctly where the quotient is not normal, too.
     """
     if node.primitive == "input":
         return f"x{node.position}"
@@ -119,7 +122,7 @@ def expression(graph: Graph, node: Node, wide: bool, direct: frozenset[int] | No
         return convert(operands[0], graph.nodes[node.operands[0]].dtype, node.dtype)
     by = graph.nodes[node.operands[-1]]
     if node.primitive == "div" and by.primitive == "constant" and by.dtype is not torch.float64:
-        ordinary = _division(operands[0], float(by.value))
+        ordinary = "" if exact else _division(operands[0], float(by.value))
         if ordinary:
             return _rounded(ordinary, node)
     form = _form(node.primitive, by.dtype)
@@ -231,7 +234,9 @@ def direct_gathers(graph: Graph, extents: Sequence[int], captured: Sequence[Tens
 # ---------------------------------------------------------------------------- functions
 
 
-def source(graph: Graph, wide: bool = False, direct: frozenset[int] | None = None) -> str:
+def source(
+    graph: Graph, wide: bool = False, direct: frozenset[int] | None = None, exact: bool = False
+) -> str:
     """The source of the graph's Triton function, ``pointwise``.
 
     Args:
@@ -240,16 +245,21 @@ def source(graph: Graph, wide: bool = False, direct: frozenset[int] | None = Non
         direct: captured tensors by :func:`direct_gathers`, whose indices need not be brought inside the tensor: the compiler
             can then see that neighbours lie side by side, and load them at once. The function takes a last argument
             ``live``, of each input where it is in range. None for a function without that argument.
+        exact: as :func:`expression` has it.
     """
     last = ["captured"] if direct is None else ["captured", "live"]
     inputs = ", ".join([*(f"x{i}" for i in range(len(graph.inputs))), *last])
-    lines = [f"    v{i} = {expression(graph, node, wide, direct)}" for i, node in enumerate(graph.nodes)]
+    lines = [
+        f"    v{i} = {expression(graph, node, wide, direct, exact)}" for i, node in enumerate(graph.nodes)
+    ]
     outputs = ", ".join(f"v{i}" for i in graph.outputs)
     return "\n".join(["@triton.jit", f"def pointwise({inputs}):", *lines, f"    return {outputs}", ""])
 
 
 @functools.lru_cache(maxsize=1024)
-def function(graph: Graph, wide: bool = False, direct: frozenset[int] | None = None) -> Any:
+def function(
+    graph: Graph, wide: bool = False, direct: frozenset[int] | None = None, exact: bool = False
+) -> Any:
     """The graph as a Triton function, compiled into the kernels that call it; made once for each graph.
 
     Needs Triton: ask :func:`torchhal.portable.unavailable` first.
@@ -260,9 +270,9 @@ def function(graph: Graph, wide: bool = False, direct: frozenset[int] | None = N
 
     from torchhal.portable import arithmetic
 
-    text = source(graph, wide, direct)
+    text = source(graph, wide, direct, exact)
     kind = "" if direct is None else f" direct {sorted(direct)}"
-    name = f"<pointwise {graph.digest}{' wide' if wide else ''}{kind}>"
+    name = f"<pointwise {graph.digest}{' wide' * wide}{kind}{' exact' * exact}>"
     # Triton reads the source of a function back from where Python says that it came from.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     space: dict[str, Any] = {

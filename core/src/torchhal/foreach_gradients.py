@@ -1,4 +1,4 @@
-"""Gradients of foreach: one more native pass over the lists, of the derivative's graph.
+"""Gradients of foreach: one more pass of the backend over the lists, of the derivative's graph.
 
 The pass is differentiable in its turn, so second derivatives need nothing of their own. Gradients of what is one for all
 positions (0-dim operands and captured tensors) are sums over all of them, taken in float64 in the order of the lists.
@@ -8,29 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchhal.foreach_columns import LIST, NUMBER, SHARED, Column
 from torchhal.pointwise import Graph, GraphBuilder, differentiate
-from torchhal_cpu_x86 import maps
-from torchhal_cpu_x86.maps import Column
+
+if TYPE_CHECKING:
+    from torchhal.foreach_plans import Passes
 
 Results = tuple[list[Tensor], ...]
 
 
-def run(graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], total: bool = False) -> Results:
-    """:func:`torchhal_cpu_x86.maps.run`, new tensors through which gradients reach columns and captured tensors.
+def run(
+    passes: Passes, graph: Graph, columns: Sequence[Column], captured: Sequence[Tensor], total: bool = False
+) -> Results:
+    """``passes.map``: new tensors through which gradients reach columns and captured tensors.
 
     Args:
+        passes: what the backend does itself.
         graph: the function.
         columns: its operands.
         captured: its captured tensors.
-        total: whether to give the sum of each result's elements, as :func:`torchhal_cpu_x86.maps.reduce` takes it.
+        total: whether to give the sum of each result's elements, as ``passes.reduce`` takes it.
     """
     tensors = [t for column in columns for t in column.items] + list(captured)
-    form = _Form(graph, tuple([(len(c.items), c.kind) for c in columns]), total)
+    form = _Form(passes, graph, tuple([(len(c.items), c.kind) for c in columns]), total)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return form.run(tensors)
     found = _Mapped.apply(form, *tensors)  # type: ignore[no-untyped-call]
@@ -44,6 +49,7 @@ _Like = tuple[torch.Size, torch.dtype]
 class _Form(NamedTuple):
     """A call but for its tensors, which are in one flat list: those of each column, then captured ones."""
 
+    passes: Passes
     graph: Graph
     columns: tuple[tuple[int, int], ...]
     """How many tensors each column has, and its kind."""
@@ -53,7 +59,7 @@ class _Form(NamedTuple):
     @property
     def length(self) -> int:
         """Positions of the lists."""
-        return next(count for count, kind in self.columns if kind == maps.LIST)
+        return next(count for count, kind in self.columns if kind == LIST)
 
     def divide(self, items: Sequence[Any]) -> tuple[list[Sequence[Any]], Sequence[Any]]:
         """What is in the flat list, or belongs to its tensors, for each column and for the captured tensors."""
@@ -69,15 +75,15 @@ class _Form(NamedTuple):
         kinds = [kind for _, kind in self.columns]
         given = [Column(*pair) for pair in zip(columns, kinds, strict=True)]
         if self.total:
-            return maps.reduce(self.graph, given, captured, "sum")
-        return maps.run(self.graph, given, captured)
+            return self.passes.reduce(self.graph, given, captured, "sum")
+        return self.passes.map(self.graph, given, captured)
 
     def spread(self, gradients: Sequence[Tensor], like: Sequence[_Like]) -> Sequence[Tensor]:
         """Gradients of the results as those of all their elements."""
         if not self.total:
             return [gradient.resolve_neg() for gradient in gradients]
         columns, _ = self.divide([shape for shape, _ in like])
-        lists = [items for items, (_, kind) in zip(columns, self.columns, strict=True) if kind == maps.LIST]
+        lists = [items for items, (_, kind) in zip(columns, self.columns, strict=True) if kind == LIST]
         shapes = [torch.broadcast_shapes(*found) for found in zip(*lists, strict=True)]  # type: ignore[no-untyped-call]
         dtypes = [self.graph.nodes[node].dtype for node in self.graph.outputs]
         return [
@@ -125,11 +131,11 @@ def _pull_back(
     found: list[list[Tensor | None]] = [[None] * count for count, _ in form.columns]
     sums: list[Tensor | None] = [None] * len(held)
     if derivative.graph.outputs:
-        passes = iter(run(derivative.graph, columns, saved[at:]))
+        outputs = iter(run(form.passes, derivative.graph, columns, saved[at:]))
         for index in derivative.inputs:
-            found[index] = _fitted(next(passes), forms[index], form.columns[index][1] == maps.SHARED)
+            found[index] = _fitted(next(outputs), forms[index], form.columns[index][1] in (SHARED, NUMBER))
         for index in derivative.captured:
-            sums[index] = _sum(next(passes), held[index][1])
+            sums[index] = _sum(next(outputs), held[index][1])
     return [gradient for items in found for gradient in items] + sums
 
 
