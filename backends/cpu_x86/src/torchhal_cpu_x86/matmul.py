@@ -16,7 +16,7 @@ from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise.factors import reads
 from torchhal.problems import MatmulProblem
 from torchhal.reference import matmul as reference
-from torchhal_cpu_x86 import hardware, native, packed, product_gradients, products, programs
+from torchhal_cpu_x86 import chains, hardware, native, packed, product_gradients, products, programs
 from torchhal_cpu_x86.maps import Column, is_readable
 from torchhal_cpu_x86.packed import Operand
 from torchhal_cpu_x86.product_graphs import BATCH, Captured, Functions, Fused, folded, fuse
@@ -46,6 +46,7 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
         run=_runner(problem),
         description=f"native, {native.load().get_isa(kernel)}, packed panels, one rounding",
         differentiable=_wants_gradients(problem),
+        bind=None if problem.packing is None else chains.bind,
         workspace="24 MB, and 1 MB for each thread",
     )
 

@@ -28,7 +28,7 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
@@ -104,6 +104,8 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "thal_map_program_free": (None, [ctypes.c_int64]),
     "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_matmul_run": (ctypes.c_int, [ctypes.c_void_p]),
+    "thal_chain_new": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
+    "thal_chain_free": (None, [ctypes.c_int64]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_torch_register": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32]),
@@ -258,6 +260,20 @@ class Native:
         code = self.library.thal_matmul_run(call)
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
+
+    def prepare_chain(self, steps: ctypes.Array[Any], a_type: int) -> int:
+        """The number of a chain that is prepared from ``thal_chain_step``s; `free_chain` forgets it."""
+        found = ctypes.c_int64()
+        code = self.library.thal_chain_new(
+            ctypes.addressof(steps), len(steps), a_type, ctypes.addressof(found)
+        )
+        if code:
+            raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
+        return found.value
+
+    def free_chain(self, chain: int) -> None:
+        """Forgets a prepared chain."""
+        self.library.thal_chain_free(chain)
 
     @functools.cached_property
     def notes_writes(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from torchhal.chains import Chain, Link
 from torchhal.matmul import capture_functions
 from torchhal.nn.linear import FusedLinear
 
@@ -49,6 +50,8 @@ class FusedMLP(nn.Module):
             self.add_module(name, layer)
         self.activation = activation
         self._captured = capture_functions(torch.float32, None, None, activation).epilogue
+        links = (Link(self._captured), Link(factor=0), Link(source=1))
+        self._chain = Chain(links) if all(layer.packed for layer in layers.values()) else None
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         """(..., K) to (..., N), row by row.
@@ -59,9 +62,13 @@ class FusedMLP(nn.Module):
         if len(given) + len(named) != 1 or (named and self._argument not in named):
             raise TypeError(f"the gated MLP expects one argument, {self._argument}")
         x = given[0] if given else named[self._argument]
-        gate, up, down = (self._layer(name) for name in self._roles)
-        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        gate, up, down = self._layer(self._roles[0]), self._layer(self._roles[1]), self._layer(self._roles[2])
         activation = self.activation
+        if self._chain is not None and not torch.compiler.is_compiling() and not _watched(gate, up, down, activation):
+            results = self._chain.run(x, (gate.layer(), up.layer(), down.layer()))
+            if results is not None:
+                return results[0]
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
         if _watched(gate, up, activation):  # whoever watches a layer sees what it gives by itself
             return down(activation(gate(x)) * up(x))  # type: ignore[no-any-return]
         gated = gate.product(rows, activation, self._captured)
