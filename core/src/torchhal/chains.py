@@ -17,7 +17,7 @@ from torchhal import scope
 from torchhal._caches import forgotten_on_reset
 from torchhal.derivatives import is_transformed
 from torchhal.matmul import NO_FUNCTIONS, Call, Functions, capture_functions, choose
-from torchhal.operands import Packed
+from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise import Captured
 from torchhal.problems import MatmulProblem
 from torchhal.registry import blame
@@ -25,7 +25,7 @@ from torchhal.selection import Selected
 
 Bound = Callable[[Tensor, Sequence[Tensor]], "list[Tensor]"]
 """What a backend makes of a chain: ``(a, parts)``, ``parts`` the tensors of all steps in their order, each its weight's, as
-:func:`parts_of` lists them, and its bias. Returns the results of the steps that no later one reads; or an empty list, having
+:func:`parts_of` lists them, its bias, and what its epilogue captures. Returns the results of the steps that no later one reads; or an empty list, having
 done nothing, where ``a`` or a part is not of the kind that the chain was made for."""
 
 
@@ -34,8 +34,7 @@ class Step:
     """One product of a chain, as a backend is told of it."""
 
     problem: MatmulProblem
-    """Without prologues. Its epilogue captures nothing; with a ``factor`` it multiplies what it makes of the value by the one
-    tensor it captures, at ``[row, col]``."""
+    """Without prologues. With a ``factor`` the epilogue multiplies the value by the one tensor it captures, at ``[row, col]``."""
     weight: Packed
     """One like those that calls bring: their shapes and schemes are the same."""
     source: int | None = None
@@ -69,6 +68,28 @@ _scope: Final = scope.current
 _epoch: list[object] = forgotten_on_reset([])
 """Holds one object, until a reset: what was prepared before it is not used any more."""
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def record(
+    selected: Selected, a: Tensor, b: Packed, bias: Tensor | None, operands: MatmulOperands | None
+) -> tuple[Tensor, ...] | None:
+    """Leave the backend's own operator for one product in a graph that is traced; None where that can not serve it, so that
+    the core's operator has to, which looks for the plan at every call.
+    """
+    problem = selected.route.problem
+    bind = selected.plan.bind if selected.plan else None
+    assert isinstance(problem, MatmulProblem)
+    if bind is None or problem.features & {"backward", "captured_gradient", "a_prologue", "b_prologue"}:
+        return None
+    if a.dim() > 2 and problem.epilogue is not None and len(problem.epilogue.inputs) > 1:
+        return None  # rows of a chain are counted without batches
+    weight = parts_of(b)
+    bound = bind([Step(problem, b)], required=True) if all(t.is_contiguous() for t in weight) else None
+    if bound is None:
+        return None
+    captured = () if operands is None else operands.epilogue_captured
+    added = () if bias is None else (bias,)
+    return tuple(bound(a.contiguous(), [*weight, *added, *captured]))
 
 
 def parts_of(weight: Packed) -> list[Tensor]:

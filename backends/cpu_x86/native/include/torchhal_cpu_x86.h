@@ -295,23 +295,6 @@ typedef struct thal_matmul {
  * about a megabyte. */
 THAL_API int thal_matmul_run(const thal_matmul* call);
 
-/* Products with packed weights that follow each other, each step on what the chain is given or on the result of a step before
- * it. They are prepared once; the operator `products` then runs them all in one call. */
-typedef struct thal_chain_step {
-  thal_packed packed;        /* its pointers come with each call, and are not read here; `zero` says whether there is one */
-  int32_t source;            /* the step whose result is multiplied; -1: what the chain is given */
-  int32_t factor;            /* the step whose result, (M, N), is all that the epilogue captures; -1: it captures nothing */
-  int32_t b_type, bias_type; /* THAL_F32 ... THAL_F16; bias_type -1: no bias */
-  int32_t out_type;          /* THAL_F32 ... THAL_F16 */
-  int32_t reserved;
-  const int64_t* words;      /* of the epilogue; null: none */
-  int64_t word_count;
-} thal_chain_step;
-
-/* `a_type` is that of what the chain is given; `id` names it until it is freed. */
-THAL_API int thal_chain_new(const thal_chain_step* steps, int64_t count, int32_t a_type, int64_t* id);
-THAL_API void thal_chain_free(int64_t id);
-
 /* Measurements. Each returns the result, or -code. */
 /* Best float32 FMA rate in GFLOP/s over `repeats` short runs on num_threads threads. */
 THAL_API double thal_measure_fma(int32_t isa, int32_t repeats, int32_t num_threads, thal_parallel parallel, void* user);

@@ -167,7 +167,7 @@ const Operator kOperators[] = {
      " str gradient, Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
      thal::attention_backward_kernel},
     {"foreach", "foreach(Tensor(a!)[] tensors, float[] numbers, int program) -> (Tensor[], bool)", thal::foreach_kernel},
-    {"products", "products(Tensor a, Tensor[] parts, int chain) -> Tensor[]", thal::products_kernel},
+    {"products", "products(Tensor a, Tensor[] parts, str chain) -> Tensor[]", thal::products_kernel},
 };
 
 // The one whose derivatives the Python side registers.

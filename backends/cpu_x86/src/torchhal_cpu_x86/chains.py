@@ -1,11 +1,9 @@
-"""Products with packed weights that follow each other, as one native call."""
+"""Products with packed weights that follow each other, as one native operator."""
 
 from __future__ import annotations
 
-import ctypes
-import weakref
-from array import array
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,18 +15,28 @@ from torchhal_cpu_x86.packed import SCHEMES
 from torchhal_cpu_x86.product_graphs import Functions, fuse
 from torchhal_cpu_x86.products import STORED
 
-NONE = -1
+NONE: Final = -1
+HEAD: Final = 3
+"""Numbers before the steps; ``native/src/chain.hpp`` has their order, and that of a step's."""
+FIELDS: Final = 12
+"""Numbers of a step, before the words of its epilogue."""
 
 
-def bind(steps: Sequence[Step]) -> Bound | None:
-    """What runs a chain natively; None for one that it has no form for."""
+def bind(steps: Sequence[Step], required: bool = False) -> Bound | None:
+    """What runs a chain natively; None for one that it has no form for.
+
+    Args:
+        steps: products that this backend has planned.
+        required: raise an error for tensors that are not of the kind the chain was made for, instead of returning no results.
+    """
     if not all(_is_plain(step) for step in steps):
         return None
-    chain = Prepared(steps)
+    head = (int(required), native.DTYPES[steps[0].problem.a_dtype], len(steps))
+    text = " ".join(map(str, (*head, *(number for step in steps for number in _numbers(step)))))
     operator = torch.ops.torchhal_cpu_x86.products.default
 
     def run(a: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
-        return operator(a, parts, chain.number)  # type: ignore[no-any-return]
+        return operator(a, parts, text)  # type: ignore[no-any-return]
 
     return run
 
@@ -43,71 +51,33 @@ def _is_plain(step: Step) -> bool:
     )
 
 
-class Prepared:
-    """A chain that the library keeps as long as this lives."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        keep: list[array[int]] = []
-        made = (_Step * len(steps))(*(_described(step, keep) for step in steps))
-        library = native.load()
-        self.number = library.prepare_chain(made, native.DTYPES[steps[0].problem.a_dtype])
-        weakref.finalize(self, library.free_chain, self.number).atexit = False
-
-
-class _Weight(ctypes.Structure):
-    """``thal_packed`` of torchhal_cpu_x86.h."""
-
-    _fields_ = (
-        ("scheme", ctypes.c_int32),
-        ("transposed", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("zero", ctypes.c_void_p),
-    )
-
-
-class _Step(ctypes.Structure):
-    """``thal_chain_step`` of torchhal_cpu_x86.h."""
-
-    _fields_ = (
-        ("packed", _Weight),
-        ("source", ctypes.c_int32),
-        ("factor", ctypes.c_int32),
-        ("b_type", ctypes.c_int32),
-        ("bias_type", ctypes.c_int32),
-        ("out_type", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("words", ctypes.c_void_p),
-        ("word_count", ctypes.c_int64),
-    )
-
-
-def _described(step: Step, keep: list[array[int]]) -> _Step:
+def _numbers(step: Step) -> list[int]:
     problem = step.problem
     functions = Functions(epilogue=problem.epilogue)
     graph = fuse(functions, torch.float32, problem.bias_dtype, problem.out_dtypes).functions.epilogue
-    words = array("q", () if graph is None else programs.encode(graph))
-    keep.append(words)
-    return _Step(
-        packed=_weight(step.weight),
-        source=NONE if step.source is None else step.source,
-        factor=NONE if step.factor is None else step.factor,
-        b_type=native.DTYPES[problem.b_dtype],
-        bias_type=NONE if problem.bias_dtype is None else native.DTYPES[problem.bias_dtype],
-        out_type=native.DTYPES[problem.out_dtypes[0]],
-        words=words.buffer_info()[0] if words else None,
-        word_count=len(words),
-    )
+    words = () if graph is None else programs.encode(graph)
+    captured = 0 if graph is None or step.factor is not None else len(graph.captured)
+    bias = NONE if problem.bias_dtype is None else native.DTYPES[problem.bias_dtype]
+    places = [NONE if place is None else place for place in (step.source, step.factor)]
+    types = (native.DTYPES[problem.b_dtype], bias, native.DTYPES[problem.out_dtypes[0]])
+    return [*_weight(step.weight), *places, captured, *types, len(words), *words]
 
 
-def _weight(weight: Packed) -> _Weight:
-    """The weight without its memory; of ``zero`` the library looks at whether there is one."""
-    rows, columns = weight.shape
+def _weight(weight: Packed) -> tuple[int, ...]:
+    """Scheme, rows, columns, group, and whether there is a zero."""
     if isinstance(weight, GGUFWeight):
-        return _Weight(scheme=SCHEMES[weight.kind], rows=rows, columns=columns, group=1)
-    zero = None if weight.zero is None else weight.zero.data_ptr()
-    scheme = SCHEMES[f"int{weight.bits}"]
-    return _Weight(scheme=scheme, rows=rows, columns=columns, group=weight.group, zero=zero)
+        return SCHEMES[weight.kind], *weight.shape, 1, 0
+    return SCHEMES[f"int{weight.bits}"], *weight.shape, weight.group, int(weight.zero is not None)
+
+
+def fake(a: Tensor, parts: Sequence[Tensor], chain: str) -> list[Tensor]:
+    """The results of the operator without their numbers: of the steps that no other reads."""
+    dtypes = {code: dtype for dtype, code in native.DTYPES.items()}
+    numbers = [int(word) for word in chain.split(" ")]
+    found, read, at = [], set(), HEAD
+    for _ in range(numbers[HEAD - 1]):
+        _, _, columns, _, _, source, factor, _, _, _, out_type, words = numbers[at : at + FIELDS]
+        found.append(a.new_empty((*a.shape[:-1], columns), dtype=dtypes[out_type]))
+        read |= {source, factor}
+        at += FIELDS + words
+    return [result for step, result in enumerate(found) if step not in read]

@@ -104,8 +104,6 @@ _C_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "thal_map_program_free": (None, [ctypes.c_int64]),
     "thal_map_run": (ctypes.c_int, [ctypes.c_void_p]),
     "thal_matmul_run": (ctypes.c_int, [ctypes.c_void_p]),
-    "thal_chain_new": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p]),
-    "thal_chain_free": (None, [ctypes.c_int64]),
     "thal_torch_symbol_count": (ctypes.c_int32, []),
     "thal_torch_symbol_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "thal_torch_register": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32]),
@@ -260,20 +258,6 @@ class Native:
         code = self.library.thal_matmul_run(call)
         if code:
             raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
-
-    def prepare_chain(self, steps: ctypes.Array[Any], a_type: int) -> int:
-        """The number of a chain that is prepared from ``thal_chain_step``s; `free_chain` forgets it."""
-        found = ctypes.c_int64()
-        code = self.library.thal_chain_new(
-            ctypes.addressof(steps), len(steps), a_type, ctypes.addressof(found)
-        )
-        if code:
-            raise RuntimeError(f"torchhal_cpu_x86 matmul: {self.library.thal_error_text(code).decode()}")
-        return found.value
-
-    def free_chain(self, chain: int) -> None:
-        """Forgets a prepared chain."""
-        self.library.thal_chain_free(chain)
 
     @functools.cached_property
     def notes_writes(self) -> bool:
