@@ -1,7 +1,8 @@
 """Products with packed weights that follow each other, prepared once and run by one call of their backend.
 
-What a layer of a model does between one token and the next takes longer to ask for than to compute: a small product by
-:func:`torchhal.matmul` costs some 15 us of Python. A chain is asked for once; each call then looks whether all is as it was.
+What a layer of a model computes for one token takes less time than to ask for it: a small product by :func:`torchhal.matmul` costs
+15 us of Python, and three times that in a model whose weights have pushed that Python out of the caches. A chain is asked for
+once.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from torchhal import scope
-from torchhal._caches import forgotten_on_reset
-from torchhal.derivatives import is_transformed
 from torchhal.matmul import NO_FUNCTIONS, Call, Functions, capture_functions, choose
 from torchhal.operands import MatmulOperands, Packed
 from torchhal.pointwise import Captured
 from torchhal.problems import MatmulProblem
-from torchhal.registry import blame
 from torchhal.selection import Selected
 
 Bound = Callable[[Tensor, Sequence[Tensor]], "list[Tensor]"]
@@ -62,12 +59,72 @@ class Layer(NamedTuple):
     backend: str | None
 
 
-_any_autocast: Final = torch._C._is_any_autocast_enabled
-_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
-_scope: Final = scope.current
-_epoch: list[object] = forgotten_on_reset([])
-"""Holds one object, until a reset: what was prepared before it is not used any more."""
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def parts_of(weight: Packed) -> list[Tensor]:
+    """The tensors of a packed weight, in the order of its ``state()``."""
+    return [value for value in weight.state().values() if isinstance(value, Tensor)]
+
+
+class Prepared(NamedTuple):
+    """Links that are ready to be run together."""
+
+    bound: Bound | None
+    """None where they have to be asked for one by one."""
+    selected: tuple[Selected, ...]
+    """The choice for each link."""
+    parts: list[Tensor]
+
+
+def prepare(
+    links: Sequence[Link], layers: Sequence[Layer], dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    """Choose a backend for each link, and have it bind them all if it is one and can; without gradients.
+
+    Args:
+        links: products that follow each other.
+        layers: what each multiplies by.
+        dtype: of what the first multiplies, and of every result.
+        device: of all tensors.
+
+    Raises:
+        Unsupported, InvalidProblem: as :func:`torchhal.matmul` does for a link.
+    """
+    selected: tuple[Selected, ...] = ()
+    bound = None
+    if dtype in _TYPES:
+        row = torch.empty((1, 1), dtype=dtype, device=device)
+        selected = tuple([choose(_call(link, layer, row)) for link, layer in zip(links, layers, strict=True)])
+        bound = _bound(links, layers, selected)
+    parts = [t for layer in layers for t in (*parts_of(layer.weight), layer.bias) if t is not None]
+    return Prepared(bound, selected, parts)
+
+
+def _call(link: Link, layer: Layer, like: Tensor) -> Call:
+    """What asks for a link alone, on a row that stands for any."""
+    rows, columns = layer.weight.shape
+    epilogue = link.epilogue
+    if link.factor is not None:
+        factor = like.new_empty((1, columns))
+        epilogue = capture_functions(
+            torch.float32, None, None, lambda value, batch, row, col: value * factor[row, col]
+        ).epilogue
+    functions = NO_FUNCTIONS if epilogue is None else Functions(epilogue=epilogue)
+    return Call(like.new_empty((1, rows)), layer.weight, layer.bias, functions, like.dtype, layer.backend)
+
+
+def _bound(links: Sequence[Link], layers: Sequence[Layer], selected: tuple[Selected, ...]) -> Bound | None:
+    binds = {entry.plan.bind if entry.plan else None for entry in selected}
+    bind = binds.pop()
+    if binds or bind is None:
+        return None
+    steps = []
+    for link, layer, entry in zip(links, layers, selected, strict=True):
+        assert isinstance(entry.route.problem, MatmulProblem)
+        steps.append(Step(entry.route.problem, layer.weight, link.source, link.factor))
+    bound: Bound | None = bind(steps)
+    return bound
 
 
 def record(
@@ -90,120 +147,3 @@ def record(
     captured = () if operands is None else operands.epilogue_captured
     added = () if bias is None else (bias,)
     return tuple(bound(a.contiguous(), [*weight, *added, *captured]))
-
-
-def parts_of(weight: Packed) -> list[Tensor]:
-    """The tensors of a packed weight, in the order of its ``state()``."""
-    return [value for value in weight.state().values() if isinstance(value, Tensor)]
-
-
-class Chain:
-    """Runs products that follow each other by one call of a backend, where one backend serves them all and can.
-
-    A chain holds nothing that has to be saved: copies and pickles of it begin anew.
-    """
-
-    def __init__(self, links: tuple[Link, ...]) -> None:
-        self._links = links
-        self._ready: _Ready | None = None
-
-    def __reduce__(self) -> tuple[type[Chain], tuple[tuple[Link, ...]]]:
-        return Chain, (self._links,)
-
-    def run(self, x: Tensor, layers: tuple[Layer, ...]) -> list[Tensor] | None:
-        """The results that no link reads, for x (..., K); None where the links have to be asked for one by one: where gradients
-        may be wanted, under autocast, ``use()`` and transforms, and for what no backend makes a chain of.
-
-        Args:
-            x: what the first link multiplies.
-            layers: one for each link.
-        """
-        if (
-            type(x) is not Tensor
-            or torch.is_grad_enabled()
-            or _any_autocast()
-            or _scope.state is not _scope
-            or _dispatch_modes()
-            or is_transformed()
-        ):
-            return None
-        ready = self._ready
-        if ready is None or not ready.fits(x, layers):
-            ready = self._ready = _prepare(self._links, layers, x)
-        if ready.bound is None:
-            return None
-        try:
-            results = ready.bound(x, ready.parts)
-        except Exception as error:
-            blame(error, ready.selected[0].route.chosen)
-            raise
-        if not results:
-            return None
-        for selected in ready.selected:
-            selected.record()
-        return results
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A chain for operands of one kind and layers that are these."""
-
-    epoch: object
-    dtype: torch.dtype
-    device: torch.device
-    layers: tuple[Layer, ...]
-    bias_dtypes: tuple[torch.dtype | None, ...]
-    selected: tuple[Selected, ...]
-    parts: list[Tensor]
-    bound: Bound | None
-    """None where the links are asked for one by one."""
-
-    def fits(self, x: Tensor, layers: tuple[Layer, ...]) -> bool:
-        if not _epoch or _epoch[0] is not self.epoch or x.dtype is not self.dtype or x.device != self.device:
-            return False
-        for (weight, bias, backend), layer, dtype in zip(self.layers, layers, self.bias_dtypes, strict=True):
-            if weight is not layer.weight or bias is not layer.bias or backend != layer.backend:
-                return False
-            if bias is not None and bias.dtype is not dtype:  # a module converts its parameters in place
-                return False
-        return True
-
-
-def _prepare(links: tuple[Link, ...], layers: tuple[Layer, ...], x: Tensor) -> _Ready:
-    if not _epoch:
-        _epoch.append(object())
-    selected: tuple[Selected, ...] = ()
-    bound = None
-    if x.dtype in _TYPES:
-        calls = [_call(link, layer, x) for link, layer in zip(links, layers, strict=True)]
-        selected = tuple([choose(call) for call in calls])
-        bound = _bound(links, layers, selected)
-    parts = [t for layer in layers for t in (*parts_of(layer.weight), layer.bias) if t is not None]
-    dtypes = tuple([None if layer.bias is None else layer.bias.dtype for layer in layers])
-    return _Ready(_epoch[0], x.dtype, x.device, layers, dtypes, selected, parts, bound)
-
-
-def _call(link: Link, layer: Layer, x: Tensor) -> Call:
-    """What asks for a link alone, on a row that stands for any. All results have the type of x."""
-    rows, columns = layer.weight.shape
-    epilogue = link.epilogue
-    if link.factor is not None:
-        factor = x.new_empty((1, columns))
-        epilogue = capture_functions(
-            torch.float32, None, None, lambda value, batch, row, col: value * factor[row, col]
-        ).epilogue
-    functions = NO_FUNCTIONS if epilogue is None else Functions(epilogue=epilogue)
-    return Call(x.new_empty((1, rows)), layer.weight, layer.bias, functions, x.dtype, layer.backend)
-
-
-def _bound(links: tuple[Link, ...], layers: tuple[Layer, ...], selected: tuple[Selected, ...]) -> Bound | None:
-    binds = {entry.plan.bind if entry.plan else None for entry in selected}
-    bind = binds.pop()
-    if binds or bind is None:
-        return None
-    steps = []
-    for link, layer, entry in zip(links, layers, selected, strict=True):
-        assert isinstance(entry.route.problem, MatmulProblem)
-        steps.append(Step(entry.route.problem, layer.weight, link.source, link.factor))
-    bound: Bound | None = bind(steps)
-    return bound
