@@ -22,8 +22,8 @@ from torchhal.selection import Selected
 
 Bound = Callable[[Tensor, Sequence[Tensor]], "list[Tensor]"]
 """What a backend makes of a chain: ``(a, parts)``, ``parts`` the tensors of all steps in their order, each its weight's, as
-:func:`parts_of` lists them, its bias, and what its epilogue captures. Returns the results of the steps that no later one reads; or an empty list, having
-done nothing, where ``a`` or a part is not of the kind that the chain was made for."""
+:func:`parts_of` lists them, its bias, and what its epilogue captures. Returns the results of the steps that no later one
+reads; or an empty list, having done nothing, where ``a`` or a part is not of the kind that the chain was made for."""
 
 
 @dataclass(frozen=True)

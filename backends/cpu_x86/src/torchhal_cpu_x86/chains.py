@@ -33,7 +33,9 @@ def bind(steps: Sequence[Step], required: bool = False) -> Bound | None:
         return None
     head = (int(required), native.DTYPES[steps[0].problem.a_dtype], len(steps))
     text = " ".join(map(str, (*head, *(number for step in steps for number in _numbers(step)))))
-    operator = torch.ops.torchhal_cpu_x86.products.default._op  # as the overload calls it, less a frame of Python
+    operator = (
+        torch.ops.torchhal_cpu_x86.products.default._op
+    )  # as the overload calls it, less a frame of Python
 
     def run(a: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
         return operator(a, parts, text)  # type: ignore[no-any-return]

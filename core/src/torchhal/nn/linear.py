@@ -141,7 +141,12 @@ class FusedLinear(nn.Module):
         packed = self._modules["packed"]
         assert isinstance(packed, PackedStorage)
         bias = (self._parameters, "bias", self._parameters.get("bias"))
-        return [bias, (self._modules, "packed", packed), (vars(self), "backend", self.backend), *packed.watched()]
+        return [
+            bias,
+            (self._modules, "packed", packed),
+            (vars(self), "backend", self.backend),
+            *packed.watched(),
+        ]
 
     def _taken(self, name: str) -> Tensor | None:
         """What stands in the place of a parameter that pruning or a parametrization took out."""
