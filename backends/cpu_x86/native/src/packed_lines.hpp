@@ -68,7 +68,7 @@ struct Block {
 };
 
 // The numbers of a block, a vector at a time. Where a vector holds all 16 that four bits can stand for, they are computed once
-// and looked up: 1536 columns of Q4_1, 576 rows, take 53 us so and 58 us otherwise.
+// and looked up, instead of computing each.
 template <class V, int SCHEME>
 class BlockNumbers {
   using F = typename V::F;
@@ -81,7 +81,7 @@ class BlockNumbers {
   THAL_INLINE explicit BlockNumbers(const Block<SCHEME>& block) : block_(block) {
     if constexpr (SCHEME == THAL_PACKED_Q4_1) V::set1_halves(block.data, scale_, minimum_);
     else scale_ = block.template scales<V>(), minimum_ = V::zero();
-    if constexpr (kLookedUp) scale_ = block.template scaled<V>(V::from(SCHEME == THAL_PACKED_Q4_0 ? -8 : 0), scale_, minimum_);
+    if constexpr (kLookedUp) scale_ = block.template scaled<V>(V::from(SCHEME == THAL_PACKED_Q4_0 ? -8.0f : 0.0f), scale_, minimum_);
   }
   template <int I>
   THAL_INLINE F get() const {

@@ -30,12 +30,17 @@ struct Vec512 {
     std::memcpy(&bits, p, 2);
     return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
   }
-  // Two of them that lie side by side.
+  // Two of them that lie side by side, by way of memory: a load spreads a number for nothing, where registers need a shuffle,
+  // of which looking up has its fill (1536 columns of Q4_1, 576 rows: 44 us instead of 53).
   static void set1_halves(const void* p, F& a, F& b) {
     int32_t bits;
     std::memcpy(&bits, p, 4);
-    const F pairs = _mm512_cvtph_ps(_mm256_set1_epi32(bits));
-    a = _mm512_moveldup_ps(pairs), b = _mm512_movehdup_ps(pairs);
+    alignas(16) float both[4];
+    _mm_store_ps(both, _mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+m"(both));  // or the compiler goes by way of registers after all
+#endif
+    a = set1(both[0]), b = set1(both[1]);
   }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -114,7 +119,7 @@ struct Vec512 {
   }
   // Lane i of the 16 lanes of a table for each low half i of 16 bytes, or (I = 1) for each high one.
   static constexpr bool kLooksUp = true;
-  static F from(int first) { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))); }
+  static F from(float first) { return add(set1(first), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)); }
   template <int I>
   static F look_up(F table, B bytes) {
     const auto words = _mm512_cvtepu8_epi32(bytes);  // of which the lowest four bits choose
