@@ -2,10 +2,12 @@
 
     python examples/decode.py
     python examples/decode.py --tokens 64 --repeat 5 --json
+    python examples/decode.py --compile
 
 All start from the same prompt and choose greedily; they take turns, so that whatever else the machine does meets all alike.
 llama.cpp takes part where the package llama-cpp-python is installed; it reads the same file. It rounds activations to 8
-bits for its 4-bit products, which torchhal does not, so that its tokens may differ.
+bits for its 4-bit products, which torchhal does not, so that its tokens may differ. ``--compile`` adds torch and torchhal with
+steps by torch.compile, after a wait that is printed too: the tokens that a model needs for that to pay are many.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any, Final
 
 import chat
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import torchhal
 
@@ -66,6 +68,33 @@ def of_torchhal(model: Any) -> Start:
     return start
 
 
+def of_compiled(model: Any, context: int) -> Start:
+    """A model whose steps torch.compile makes one graph of, with a cache of a fixed size, for up to ``context`` tokens."""
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    # The model stays as it is: looking each time whether any of its parts has changed takes 2 ms of a step.
+    unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compiled = torch.compile(model.forward, dynamic=False, options=unguarded)
+
+    def start(prompt: list[int]) -> tuple[int, Step]:
+        with torch.inference_mode():
+            cache.reset()
+        at = 0
+
+        def forward(call: Any, tokens: list[int]) -> int:
+            nonlocal at
+            ids, places = torch.tensor([tokens]), torch.arange(at, at + len(tokens))[None]
+            at += len(tokens)
+            with torch.inference_mode():
+                logits = call(
+                    ids, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).logits
+            return int(logits[0, -1].argmax())
+
+        return forward(model, prompt), lambda token: forward(compiled, [token])
+
+    return start
+
+
 def of_llama_cpp(threads: int, context: int) -> Start:
     """llama.cpp on the same file, for up to ``context`` tokens."""
     import llama_cpp
@@ -102,9 +131,12 @@ def contenders(names: list[str], context: int) -> Iterator[tuple[str, Start]]:
             if find_spec("llama_cpp"):
                 yield name, of_llama_cpp(torch.get_num_threads(), context)
             continue
-        _, _, weights = name.partition(" ")
+        whose, weights, *compiled = name.split(" ")
         model = chat.load(weights)[0]
-        yield name, of_torchhal(model) if name.startswith("torchhal") else of_model(model)
+        if compiled:
+            yield name, of_compiled(model, context)
+        else:
+            yield name, of_torchhal(model) if whose == "torchhal" else of_model(model)
 
 
 def several(text: str) -> int:
@@ -118,30 +150,43 @@ def several(text: str) -> int:
 WARM: Final = 4
 """Tokens of the turn that is not measured."""
 ALL: Final = ["torch f32", "torch bf16", "torchhal q4", "llama.cpp"]
+COMPILED: Final = ["torch bf16 compiled", "torchhal q4 compiled"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decoding speed of SmolLM2-135M, one sequence.")
-    parser.add_argument("names", nargs="*", metavar="WHO", help=f"some of: {', '.join(ALL)} (all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="WHO",
+        help=f"some of: {', '.join([*ALL, *COMPILED])} (all that are not compiled)",
+    )
     parser.add_argument(
         "--tokens", type=several, default=33, metavar="N", help="tokens of a turn, 2 or more (33)"
     )
     parser.add_argument("--repeat", type=chat.positive, default=5, metavar="N", help="turns of each (5)")
+    parser.add_argument("--compile", action="store_true", help="add those that are compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     options = parser.parse_args()
-    unknown = sorted(set(options.names) - set(ALL))
+    known = [*ALL, *COMPILED]
+    names = options.names or ALL
+    names = [*names, *(name for name in COMPILED if options.compile and name not in names)]
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(ALL)}")
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(known)}")
     if "llama.cpp" in options.names and not find_spec("llama_cpp"):
         parser.error("llama.cpp: not installed (pip install llama-cpp-python)")
     tokenizer = chat.load_tokenizer()
     message = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    starts = dict(contenders(options.names or ALL, len(prompt) + max(options.tokens, WARM)))
+    starts = dict(contenders(names, len(prompt) + max(options.tokens, WARM)))
     tokens: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in starts}
-    for start in starts.values():  # the first turn of each pays for what later ones find ready
+    wait = {}
+    for name, start in starts.items():  # the first turn of each pays for what later ones find ready
+        begin = time.perf_counter()
         decode(start, prompt, WARM)
+        wait[name] = time.perf_counter() - begin
     for _ in range(options.repeat):
         for name, start in starts.items():
             tokens[name], spent = decode(start, prompt, options.tokens)
@@ -150,6 +195,7 @@ def main() -> None:
         name: {
             "tokens_per_second": 1 / statistics.median(times),
             "best_tokens_per_second": 1 / min(times),
+            "first_turn_seconds": wait[name],
             "tokens": tokens[name],
         }
         for name, times in seconds.items()
@@ -160,11 +206,12 @@ def main() -> None:
     print(
         f"SmolLM2-135M-Instruct, {torch.get_num_threads()} threads, {options.tokens} tokens, {options.repeat} turns"
     )
-    print(f"{'':<14}{'tokens/s, median':>18}{'best':>10}  tokens as the first")
+    print(f"{'':<22}{'tokens/s, median':>18}{'best':>10}{'first turn':>12}  tokens as the first")
     first = next(iter(tokens.values()))
     for name, row in result.items():
         same = next((i for i, (a, b) in enumerate(zip(first, tokens[name])) if a != b), len(first))
-        print(f"{name:<14}{row['tokens_per_second']:>18.1f}{row['best_tokens_per_second']:>10.1f}  {same}")
+        speeds = f"{row['tokens_per_second']:>18.1f}{row['best_tokens_per_second']:>10.1f}"
+        print(f"{name:<22}{speeds}{row['first_turn_seconds']:>10.1f} s  {same}")
     if "llama.cpp" not in starts and not options.names:
         print("llama.cpp: not installed (pip install llama-cpp-python)")
 

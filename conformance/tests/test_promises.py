@@ -17,8 +17,9 @@ from torchhal import BackendInfo, Capabilities, hookimpl, selection
 from torchhal.errors import InvalidProblem, Unsupported
 from torchhal.pointwise import capture
 from torchhal.pointwise.primitives import PRIMITIVES
+from torchhal.problems import Plan
 from torchhal.reference import plugin as reference
-from torchhal_conformance import calls, compose, corpus, examine, explore
+from torchhal_conformance import calls, compose, corpus, examine, explore, tape
 from torchhal_conformance.checks import check_named, errors, promises, wrong_attention
 from torchhal_conformance.checks.wrong import Wrong
 from torchhal_conformance.model import CheckFailed, Sample
@@ -348,3 +349,8 @@ def test_agreement_is_asked_of_integers_whatever_the_plan_promises() -> None:
     other = tuple(t.logical_not() if t.dtype is torch.bool else t + 1 for t in found)
     with pytest.raises(CheckFailed, match="the same bits somewhere"):
         promises.agree("reference", sample, inputs, found, other, "somewhere")
+
+
+def test_what_a_plan_does_is_no_promise_that_a_tape_would_have_to_hold() -> None:
+    functions = {field.name for field in dataclasses.fields(Plan) if "Callable" in str(field.type)}
+    assert {"run", "direct", "bind"} <= functions and functions.isdisjoint(tape.PROMISES)

@@ -209,3 +209,13 @@ def test_parts_that_do_not_belong_together_are_refused(change: dict[str, Any], m
     state = {**pack_weight(torch.randn(4, 3)).state(), **change}
     with pytest.raises(InvalidProblem, match=message):
         PackedWeight.from_state(state)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [None, 32])
+def test_packed_tensors_lie_as_backends_read_them_whatever_way_the_weight_lay(
+    bits: int, symmetric: bool, group: int | None
+) -> None:
+    packed = pack_weight(torch.randn(8, 64), bits=bits, symmetric=symmetric, group=group, transposed=True)
+    assert all(value.is_contiguous() for value in packed.state().values() if isinstance(value, torch.Tensor))

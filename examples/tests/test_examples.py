@@ -221,3 +221,18 @@ class TestBlocks:
 
         with pytest.raises(SystemExit, match="blk.0.ssm_in.weight is none of a model of the Llama family"):
             quantized.name_of("blk.0.ssm_in.weight")
+
+
+@needs_transformers
+def test_compiled_steps_go_on_where_the_prompt_ended_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    import decode
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=1, **sizes)).eval()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compiled, plain = decode.of_compiled(model, 20), decode.of_model(model)
+    for prompt in ([3, 1, 4, 1, 5], [9, 2]):
+        assert decode.decode(compiled, prompt, 9)[0] == decode.decode(plain, prompt, 9)[0]

@@ -151,15 +151,19 @@ def test_a_tensor_without_memory_is_refused() -> None:
 # ---------------------------------------------------------------------------- derivatives
 
 OPERATORS = {name: getattr(OPS, name).default for name in operators.OPERATORS}
-NO_GRADIENT = "derivative for torchhal_cpu_x86::.*attention.* is not implemented|has no gradient"
+NO_GRADIENT = "derivative for torchhal_cpu_x86::.*(attention|products).* is not implemented|has no gradient"
 NO_FORWARD = "forward AD|forward mode AD"
 
 
 FLEX = "0 0 1 1 0 0 1 1 -1 -1 0 0 0 0 0"
 """Dense attention with an LSE and a mask."""
+CHAIN = "1 0 1 0 4 3 4 0 -1 -1 0 0 0 0 0"
+"""One product with an int8 weight (4, 3) and a bias."""
 
 
 def arguments_of(name: str) -> list[Tensor]:
+    if name == "products":
+        return [torch.ones(2, 4), torch.ones(1, 3), torch.ones(3)]
     tensors = list(inputs(2, 4, 2, 5, 7, 16, 8, torch.float32))
     if name.startswith(("masked", "flex", "attention_backward")):
         tensors.append(torch.zeros(5, 7))
@@ -170,7 +174,9 @@ def arguments_of(name: str) -> list[Tensor]:
 
 
 def output(name: str, tensors: list[Tensor]) -> Tensor:
-    if name == "flex_attention":
+    if name == "products":
+        (result,) = OPERATORS[name](tensors[0], [torch.ones(4, 3, dtype=torch.int8), *tensors[1:]], CHAIN)
+    elif name == "flex_attention":
         result = OPERATORS[name](*tensors[:3], tensors[3:], FLEX, 1.0)
     elif name == "attention_backward":
         result = OPERATORS[name](*tensors[:3], tensors[3:4], FLEX, 1.0, "1 0 0", *tensors[4:])

@@ -24,7 +24,7 @@ from torchhal_conformance import calls
 from torchhal_conformance.model import Inputs, Outputs, Sample
 
 PROMISES: Final = tuple(
-    f.name for f in dataclasses.fields(Plan) if f.name not in ("run", "direct", "variants")
+    f.name for f in dataclasses.fields(Plan) if f.name not in ("run", "direct", "bind", "variants")
 )
 """What a plan says; what it does stays where the backend is."""
 LONGEST: Final = 1 << 28

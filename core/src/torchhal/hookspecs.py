@@ -150,7 +150,8 @@ def torchhal_matmul(problem: MatmulProblem) -> Plan | Decline | None:
         ``Plan.unfused`` each prologue, bias, epilogue or dequantisation of the problem that is done in a pass of its own
         over a whole operand or result: a call with ``fusion="require"`` then goes to another backend.
     May
-        move factors that commute with the product between prologue and epilogue.
+        move factors that commute with the product between prologue and epilogue; give ``Plan.bind``, which prepares products
+        with packed weights that layers ask for again and again.
     Reference
         :func:`torchhal.reference.matmul.matmul`.
     Checked by

@@ -224,8 +224,11 @@ def _dispatch(
     """Run the chosen plan on operands of at least two dimensions."""
     assert selected.plan is not None and selected.run is not None
     if is_traced(a) and not selected.plan.traceable:
-        from torchhal import ops_families
+        from torchhal import chains, ops_families
 
+        recorded = chains.record(selected, a, b, bias, operands) if isinstance(b, Packed) else None
+        if recorded is not None:
+            return recorded
         return ops_families.matmul(selected.route, a, b, bias, operands)
     try:
         return selected.run(a, b, bias, operands)  # type: ignore[no-any-return]

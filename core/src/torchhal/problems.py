@@ -253,6 +253,13 @@ class Plan:
     each position, and destinations that share memory with nothing but the operand they are. For any other call it
     returns None, having written nothing, and the core looks at every tensor, which takes about 1 us each. Of
     gradients, and that all operands are of the kinds that ``problem.operands`` says, the core has made sure."""
+    bind: Callable[..., Any] | None = None
+    """Of matmul alone, and never needed: ``bind(steps, required=False)`` prepares products with packed weights that follow each
+    other (:class:`torchhal.chains.Step`), each of which this backend has planned, and returns what runs them all
+    (:data:`torchhal.chains.Bound`), giving the bits that ``run`` would give for each; or None where it can not. The same function
+    in every plan that may be part of one chain. It is used only where gradients are off. With ``required``, what it returns
+    records an operator of the backend's own for tensors that a compiler traces, and raises an error for operands that it
+    can not serve."""
     workspace: str = "none"
     """Extra memory beyond the outputs, as a formula in the problem's lengths, for example ``O(L)``."""
     unfused: Mapping[str, str] = field(default_factory=dict, hash=False)

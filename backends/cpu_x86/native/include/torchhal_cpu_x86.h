@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define THAL_INTERFACE_VERSION 5
+#define THAL_INTERFACE_VERSION 6
 
 enum { THAL_F32 = 0, THAL_BF16 = 1, THAL_F16 = 2, THAL_F64 = 3, THAL_DTYPES = 4 };
 /* Of quantised keys and values: signed bytes, and float8_e4m3fn (8 bits, 4 of exponent, no infinities). */

@@ -26,25 +26,6 @@ struct Description {
   std::vector<int64_t> score_words, mask_words;
 };
 
-// Whole numbers; false where the text holds anything else.
-inline bool parse_numbers(const char* text, size_t size, std::vector<int64_t>& out) {
-  size_t i = 0;
-  while (i < size) {
-    const bool negative = text[i] == '-';
-    i += negative;
-    uint64_t number = 0;
-    size_t digits = 0;
-    for (; i < size && text[i] >= '0' && text[i] <= '9'; ++i, ++digits) {
-      if (digits >= 19) return false;
-      number = number * 10 + static_cast<uint64_t>(text[i] - '0');
-    }
-    if (!digits || (i < size && text[i] != ' ')) return false;
-    out.push_back(static_cast<int64_t>(negative ? 0 - number : number));
-    ++i;
-  }
-  return true;
-}
-
 inline bool parse(const char* text, size_t size, Description& d) {
   std::vector<int64_t> words;
   if (!parse_numbers(text, size, words) || words.size() < 15) return false;
@@ -173,13 +154,6 @@ class FlexCall : protected TorchCall {
     }
     f = {words.data(), static_cast<int64_t>(words.size()), captured_[which].data(), std::max<int64_t>(count, 0)};
     return true;
-  }
-
-  static int32_t type_of(int32_t dtype) {
-    const int32_t order[] = {torch.float64(), torch.float32(), torch.bfloat16(), torch.float16(), torch.int64(),
-                             torch.int32(),   torch.int16(),   torch.int8(),     torch.uint8(),   torch.boolean()};
-    const auto* found = std::find(std::begin(order), std::end(order), dtype);
-    return found == std::end(order) ? -1 : static_cast<int32_t>(found - order);
   }
 
   bool read_blocks() {

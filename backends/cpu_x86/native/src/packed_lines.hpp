@@ -45,10 +45,6 @@ struct Block {
   THAL_INLINE typename V::F scales() const {
     return V::set1_half(data);
   }
-  template <class V>
-  THAL_INLINE typename V::F minima() const {
-    return SCHEME == THAL_PACKED_Q4_1 ? V::set1_half(data + 2) : V::zero();
-  }
   const uint8_t* quants() const { return data + (SCHEME == THAL_PACKED_Q4_1 ? 4 : 2); }
 
   // Quants i * N to (i + 1) * N, less the 8 that those of Q4_0 are too large.
@@ -71,16 +67,37 @@ struct Block {
   }
 };
 
+// The numbers of a block, a vector at a time. Where a vector holds all 16 that four bits can stand for, they are computed once
+// and looked up, instead of computing each.
+template <class V, int SCHEME>
+class BlockNumbers {
+  using F = typename V::F;
+  const Block<SCHEME>& block_;
+  F scale_, minimum_;  // or all 16 numbers, and nothing
+
+ public:
+  static constexpr bool kLookedUp = V::kLooksUp && SCHEME != THAL_PACKED_Q8_0;
+
+  THAL_INLINE explicit BlockNumbers(const Block<SCHEME>& block) : block_(block) {
+    if constexpr (SCHEME == THAL_PACKED_Q4_1) V::set1_halves(block.data, scale_, minimum_);
+    else scale_ = block.template scales<V>(), minimum_ = V::zero();
+    if constexpr (kLookedUp) scale_ = block.template scaled<V>(V::from(SCHEME == THAL_PACKED_Q4_0 ? -8.0f : 0.0f), scale_, minimum_);
+  }
+  template <int I>
+  THAL_INLINE F get() const {
+    if constexpr (kLookedUp) return V::template look_up<I>(scale_, V::load_bytes(block_.quants()));
+    else return block_.template scaled<V>(block_.template numbers<V, I>(), scale_, minimum_);
+  }
+};
+
 template <class V, int SCHEME>
 void decode_block(const Block<SCHEME>& block, Real<V>* out) {
   if constexpr (sizeof(Real<V>) == 8) {
     const double scale = block.scale(), minimum = block.minimum();
     for (int64_t i = 0; i < kBlockElements; ++i) out[i] = block.number(i) * scale + minimum;
   } else {
-    const auto scale = block.template scales<V>(), minimum = block.template minima<V>();
-    each<kBlockElements / V::N>([&](auto i) {
-      V::store(out + i * V::N, block.template scaled<V>(block.template numbers<V, decltype(i)::value>(), scale, minimum));
-    });
+    const BlockNumbers<V, SCHEME> numbers(block);
+    each<kBlockElements / V::N>([&](auto i) { V::store(out + i * V::N, numbers.template get<decltype(i)::value>()); });
   }
 }
 

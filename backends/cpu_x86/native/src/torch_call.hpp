@@ -52,6 +52,25 @@ inline std::string shape_of(const View& v) {
   return text + ")";
 }
 
+// Whole numbers; false where the text holds anything else.
+inline bool parse_numbers(const char* text, size_t size, std::vector<int64_t>& out) {
+  size_t i = 0;
+  while (i < size) {
+    const bool negative = text[i] == '-';
+    i += negative;
+    uint64_t number = 0;
+    size_t digits = 0;
+    for (; i < size && text[i] >= '0' && text[i] <= '9'; ++i, ++digits) {
+      if (digits >= 19) return false;
+      number = number * 10 + static_cast<uint64_t>(text[i] - '0');
+    }
+    if (!digits || (i < size && text[i] != ' ')) return false;
+    out.push_back(static_cast<int64_t>(negative ? 0 - number : number));
+    ++i;
+  }
+  return true;
+}
+
 class TorchCall {
  protected:
   uint64_t* stack_;
@@ -101,6 +120,14 @@ class TorchCall {
 
   // Of a log-sum-exp, which has the type that scores are computed in.
   static int32_t lse_dtype(int32_t dtype) { return dtype == torch.float64() ? dtype : torch.float32(); }
+
+  // A place in torchhal.pointwise.dtypes.DTYPES.
+  static int32_t type_of(int32_t dtype) {
+    const int32_t order[] = {torch.float64(), torch.float32(), torch.bfloat16(), torch.float16(), torch.int64(),
+                             torch.int32(),   torch.int16(),   torch.int8(),     torch.uint8(),   torch.boolean()};
+    const auto* found = std::find(std::begin(order), std::end(order), dtype);
+    return found == std::end(order) ? -1 : static_cast<int32_t>(found - order);
+  }
 
   static int32_t code_of(int32_t dtype) {
     if (dtype == torch.float32()) return THAL_F32;

@@ -167,6 +167,7 @@ const Operator kOperators[] = {
      " str gradient, Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
      thal::attention_backward_kernel},
     {"foreach", "foreach(Tensor(a!)[] tensors, float[] numbers, int program) -> (Tensor[], bool)", thal::foreach_kernel},
+    {"products", "products(Tensor a, Tensor[] parts, str chain) -> Tensor[]", thal::products_kernel},
 };
 
 // The one whose derivatives the Python side registers.
@@ -195,6 +196,7 @@ int register_declining() {
     const int32_t code = torch.new_impl("torchhal_cpu_x86", key, __FILE__, __LINE__, &kernels);
     if (code) return code;
     if (const int32_t refused = torch.implement(kernels, "foreach", thal::foreach_declined, kBuiltFor)) return refused;
+    if (const int32_t refused = torch.implement(kernels, "products", thal::products_declined, kBuiltFor)) return refused;
   }
   return 0;
 }
@@ -212,7 +214,7 @@ int register_operators(char* message, int32_t size) {
     }
   }
   if (!register_declining()) return THAL_OK;
-  std::snprintf(message, static_cast<size_t>(size), "torch refused the operator foreach");
+  std::snprintf(message, static_cast<size_t>(size), "torch refused an operator of plain tensors");
   return THAL_BAD_STRUCT;
 }
 

@@ -84,5 +84,8 @@ void attention_backward_kernel(uint64_t* stack, uint64_t, uint64_t);
 // That of foreach, and what serves it for tensors that are not plain memory.
 void foreach_kernel(uint64_t* stack, uint64_t, uint64_t);
 void foreach_declined(uint64_t* stack, uint64_t, uint64_t);
+// That of products, and what serves it likewise.
+void products_kernel(uint64_t* stack, uint64_t, uint64_t);
+void products_declined(uint64_t* stack, uint64_t, uint64_t);
 
 }  // namespace thal

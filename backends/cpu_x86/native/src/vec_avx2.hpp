@@ -29,6 +29,8 @@ struct Vec256 {
     std::memcpy(&bits, p, 2);
     return _mm256_cvtph_ps(_mm_set1_epi16(bits));
   }
+  static void set1_halves(const void* p, F& a, F& b) { a = set1_half(p), b = set1_half(static_cast<const char*>(p) + 2); }
+  static constexpr bool kLooksUp = false;  // eight lanes are no table of 16
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

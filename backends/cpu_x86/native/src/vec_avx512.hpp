@@ -30,6 +30,18 @@ struct Vec512 {
     std::memcpy(&bits, p, 2);
     return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
   }
+  // Two of them that lie side by side, by way of memory: a load spreads a number for nothing, where registers need a shuffle,
+  // of which looking up has its fill (1536 columns of Q4_1, 576 rows: 44 us instead of 53).
+  static void set1_halves(const void* p, F& a, F& b) {
+    int32_t bits;
+    std::memcpy(&bits, p, 4);
+    alignas(16) float both[4];
+    _mm_store_ps(both, _mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+m"(both));  // or the compiler goes by way of registers after all
+#endif
+    a = set1(both[0]), b = set1(both[1]);
+  }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -104,6 +116,14 @@ struct Vec512 {
   template <int ZERO>
   static F widen_high(B bytes) {
     return pick<0xf0, 19, ZERO>(_mm512_cvtepu8_epi32(bytes));
+  }
+  // Lane i of the 16 lanes of a table for each low half i of 16 bytes, or (I = 1) for each high one.
+  static constexpr bool kLooksUp = true;
+  static F from(float first) { return add(set1(first), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)); }
+  template <int I>
+  static F look_up(F table, B bytes) {
+    const auto words = _mm512_cvtepu8_epi32(bytes);  // of which the lowest four bits choose
+    return _mm512_permutexvar_ps(I ? _mm512_srli_epi32(words, 4) : words, table);
   }
 
   template <int DT>

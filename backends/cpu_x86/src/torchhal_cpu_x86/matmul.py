@@ -12,7 +12,7 @@ from torchhal.problems import MatmulProblem
 from torchhal.products import packed
 from torchhal.products.product import runner, wants_gradients
 from torchhal.reference import matmul as reference
-from torchhal_cpu_x86 import hardware, native, products, programs
+from torchhal_cpu_x86 import chains, hardware, native, products, programs
 
 
 def plan(problem: MatmulProblem) -> Plan | Decline:
@@ -34,6 +34,7 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
         run=runner(problem, "cpu_x86", products.multiply, _are_readable),
         description=f"native, {native.load().get_isa(kernel)}, packed panels, one rounding",
         differentiable=wants_gradients(problem),
+        bind=None if problem.packing is None else chains.bind,
         workspace="24 MB, and 1 MB for each thread",
     )
 

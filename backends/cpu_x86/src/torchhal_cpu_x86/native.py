@@ -28,7 +28,7 @@ from torchhal_cpu_x86 import operators
 
 __all__ = ["DTYPES", "ISAS", "InstructionSetError", "Measurement", "Native", "NativeUnavailable", "load"]
 
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx_bf16": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"

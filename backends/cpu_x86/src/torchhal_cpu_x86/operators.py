@@ -21,6 +21,7 @@ OPERATORS: Final = (
     "masked_attention_lse",
     "flex_attention",
     "attention_backward",
+    "products",
 )
 """Those that have no derivatives."""
 
@@ -109,9 +110,17 @@ def _fake_flex(
     return empty_output(query, value), *rows
 
 
+def _fake_products(a: Tensor, parts: list[Tensor], chain: str) -> list[Tensor]:
+    from torchhal_cpu_x86 import chains  # which needs the library, that is loading now
+
+    _check_devices(a, parts)
+    return chains.fake(a, parts, chain)
+
+
 def _register_fakes() -> None:
     for name in ("flex_attention", "differentiable_attention"):
         torch.library.register_fake(f"torchhal_cpu_x86::{name}", _fake_flex)
+    torch.library.register_fake("torchhal_cpu_x86::products", _fake_products)
     torch.library.register_fake("torchhal_cpu_x86::attention_backward", gradients.fake)
     for prefix in ("", "masked_"):
         torch.library.register_fake(f"torchhal_cpu_x86::{prefix}attention", _fake)

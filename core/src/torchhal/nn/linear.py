@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchhal.chains import Layer, Link
 from torchhal.errors import InvalidProblem
 from torchhal.matmul import Call, Functions, element_dtype, matmul, run
+from torchhal.nn.chain import Chain, Watched
 from torchhal.nn.storage import PackedStorage, training_text
 from torchhal.operands import Packed
 from torchhal.pointwise import Captured
@@ -54,6 +56,7 @@ class FusedLinear(nn.Module):
         self.in_features, self.out_features = (int(size) for size in shape)
         self.backend = backend
         self.frozen = frozen
+        self._chain = None if self.packed is None else Chain(Link())
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise InvalidProblem(
                 f"bias expects the shape (N,) = ({self.out_features},), the rows of the weight, and has {tuple(bias.shape)}"
@@ -72,6 +75,11 @@ class FusedLinear(nn.Module):
             InvalidProblem: the weight is packed and would be trained.
             Unsupported: no backend that the policy allows serves the product.
         """
+        chain = self._chain
+        if chain is not None:
+            result = chain.run(input, self)
+            if result is not None:
+                return result
         if input.dim() < 3:
             return self.product(input)
         return self.product(input.flatten(0, -2)).reshape(*input.shape[:-1], self.out_features)
@@ -113,6 +121,32 @@ class FusedLinear(nn.Module):
             raise InvalidProblem(training_text(packed.weight.scheme, "swap it with weight=None"))
         x = x if low is None else x.to(low)
         return x, packed.weight, bias, x.dtype
+
+    def linked(self) -> tuple[FusedLinear]:
+        """Of its chain: itself."""
+        return (self,)
+
+    def passed_over(self) -> dict[str, nn.Module]:
+        """Nothing."""
+        return {}
+
+    def layer(self) -> Layer:
+        """What a packed layer multiplies by, in a chain."""
+        own, packed = self._parameters, self._modules["packed"]
+        assert isinstance(packed, PackedStorage)
+        return Layer(packed.weight, own["bias"] if "bias" in own else self._taken("bias"), self.backend)
+
+    def watched(self) -> list[Watched]:
+        """Where it would be seen that a packed layer multiplies by something else."""
+        packed = self._modules["packed"]
+        assert isinstance(packed, PackedStorage)
+        bias = (self._parameters, "bias", self._parameters.get("bias"))
+        return [
+            bias,
+            (self._modules, "packed", packed),
+            (vars(self), "backend", self.backend),
+            *packed.watched(),
+        ]
 
     def _taken(self, name: str) -> Tensor | None:
         """What stands in the place of a parameter that pruning or a parametrization took out."""

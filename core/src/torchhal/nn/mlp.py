@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
+from torchhal.chains import Link
 from torchhal.matmul import capture_functions
+from torchhal.nn.chain import Chain, is_watched
 from torchhal.nn.linear import FusedLinear
 
 
@@ -49,6 +50,8 @@ class FusedMLP(nn.Module):
             self.add_module(name, layer)
         self.activation = activation
         self._captured = capture_functions(torch.float32, None, None, activation).epilogue
+        links = (Link(self._captured), Link(factor=0), Link(source=1))
+        self._chain = Chain(*links) if all(layer.packed for layer in layers.values()) else None
 
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         """(..., K) to (..., N), row by row.
@@ -59,33 +62,26 @@ class FusedMLP(nn.Module):
         if len(given) + len(named) != 1 or (named and self._argument not in named):
             raise TypeError(f"the gated MLP expects one argument, {self._argument}")
         x = given[0] if given else named[self._argument]
-        gate, up, down = (self._layer(name) for name in self._roles)
-        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        if self._chain is not None:
+            result = self._chain.run(x, self)
+            if result is not None:
+                return result
+        gate, up, down = self.linked()
         activation = self.activation
-        if _watched(gate, up, activation):  # whoever watches a layer sees what it gives by itself
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() == 1 else x.flatten(0, -2)
+        if is_watched(gate, up, activation):  # whoever watches a layer sees what it gives by itself
             return down(activation(gate(x)) * up(x))  # type: ignore[no-any-return]
         gated = gate.product(rows, activation, self._captured)
         hidden = up.product(rows, lambda value, batch, row, col: value * gated[row, col])
         out: Tensor = down(hidden)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
-    def _layer(self, name: str) -> FusedLinear:
-        layer = self._modules[name]
-        assert isinstance(layer, FusedLinear)
-        return layer
+    def linked(self) -> tuple[FusedLinear, FusedLinear, FusedLinear]:
+        """Gate, up and down."""
+        gate, up, down = (self._modules[name] for name in self._roles)
+        assert isinstance(gate, FusedLinear) and isinstance(up, FusedLinear) and isinstance(down, FusedLinear)
+        return gate, up, down
 
-
-def _watched(*called: Any) -> bool:
-    """Whether anybody hung something on one of these, or on all modules, or replaced a ``forward``."""
-    if hooks._has_any_global_hook():  # type: ignore[no-untyped-call]
-        return True
-    for module in called:
-        if isinstance(module, nn.Module) and (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return True
-    return False
+    def passed_over(self) -> dict[str, nn.Module]:
+        """All children: a chain computes what they would."""
+        return {name: module for name, module in self._modules.items() if module is not None}

@@ -37,6 +37,13 @@ class PackedStorage(nn.Module):
                 return self._remade()
         return known
 
+    def watched(self) -> list[tuple[dict[str, Any], str, object]]:
+        """Where it would be seen that ``weight`` is another: dictionaries, keys, and what they hold there."""
+        weight = self.weight
+        if weight is not self._weight:  # for one call
+            return [(vars(self), "_weight", weight)]
+        return [(vars(self), "_weight", weight), *((self._buffers, n, self._buffers[n]) for n in self._names)]
+
     def _remade(self) -> Packed:
         return packed_from_state({**{name: self._buffers[name] for name in self._names}, **self._rest})
 

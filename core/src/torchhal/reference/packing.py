@@ -35,7 +35,8 @@ def pack_weight(
     low, high = _limits(bits)
     steps = torch.round(blocks / scale.unsqueeze(1) + offset).clamp(-high if zero is None else low, high)
     q = steps.to(torch.int8).flatten(0, 1)[:rows]
-    data = q.contiguous() if bits == 8 else _pair(q)
+    q = q.contiguous()  # along rows, as backends read it: else each of their calls would copy it
+    data = q if bits == 8 else _pair(q)
     return PackedWeight(data, scale, zero, bits, size, (rows, columns), weight.dtype)
 
 
