@@ -48,7 +48,7 @@ def run(
     The program sees its own arguments, sys.path and __main__, writes to standard output alone, and ends this command with
     its own exit code. Then the routes its calls took are printed to standard error.
 
-    Where the backend of an accelerator claims the foreach family, or one is chosen for it, torch's _foreach functions are
+    Where a backend that claims the foreach family is chosen by name, torch's _foreach functions are
     served too, under `torchhal.enable()`.
     That belongs to one thread, so calls of them on threads that the program starts go to torch; that there were such
     threads is noted. Processes that the program starts are not covered.
@@ -61,7 +61,7 @@ def run(
     if fault := wanted.fault():
         usage(fault)
     file = None if file is None else file.absolute()  # the program may change the directory
-    foreach = mode_foreach.improvable(backend, unscoped=True)
+    foreach = mode_foreach.is_chosen(backend, unscoped=True)
     outcome = run_program(wanted, _served(backend, strict, foreach))
     if not foreach:
         outcome.threads.clear()
