@@ -23,8 +23,8 @@ LINUX, ARM, WINDOWS = (
     {"system": "Linux", "machine": "aarch64"},
     {"system": "Windows", "machine": "AMD64"},
 )
-CU130 = "install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-CU128 = 'install --force-reinstall "torch==2.11.*" --index-url https://download.pytorch.org/whl/cu128'
+CU130 = "-m uv pip install --reinstall-package torch torch --torch-backend=cu130"
+CU128 = '-m uv pip install --reinstall-package torch "torch==2.11.*" --torch-backend=cu128'
 
 
 def only(hardware: Hardware) -> Advice:
@@ -37,16 +37,16 @@ def test_a_complete_machine_has_nothing_to_mend() -> None:
     assert describe(COMPLETE)["mend"] == []
 
 
-@pytest.mark.parametrize(("system", "pip"), [(LINUX, "python3 -m pip"), (ARM, "python3 -m pip"), (WINDOWS, "py -m pip")])  # fmt: skip
+@pytest.mark.parametrize(("system", "python"), [(LINUX, "python3"), (ARM, "python3"), (WINDOWS, "py")])  # fmt: skip
 def test_a_torch_for_cpus_is_replaced_by_the_one_that_the_driver_runs(
-    system: dict[str, str], pip: str
+    system: dict[str, str], python: str
 ) -> None:
     found = only(replace(CPU_ONLY, **system))  # type: ignore[arg-type]
     assert found.code == "torch_without_cuda"
     assert found.reason.startswith("torch 2.13.0+cpu is built without CUDA")
-    assert found.command == f"{pip} {CU130}"
+    assert found.command == f"{python} -m pip install -U uv && {python} {CU130}"
     older = only(replace(CPU_ONLY, driver_cuda=(12, 8), **system))  # type: ignore[arg-type]
-    assert older.command == f"{pip} {CU128}"
+    assert older.command == f"{python} -m pip install -U uv && {python} {CU128}"
 
 
 @pytest.mark.parametrize(("system", "named"), [(LINUX, "Linux x86_64"), (ARM, "Linux aarch64"), (WINDOWS, "Windows")])  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_driver_older_than_torch_may_be_kept_with_another_torch() -> None:
     found = only(replace(COMPLETE, driver_cuda=(12, 8), devices=()))
     assert found.reason == "the driver runs CUDA up to 12.8; 13.0 or later is needed"
     assert found.command.startswith("install driver 580 or later for Linux x86_64")
-    assert found.command.endswith(f"; or keep it: python3 -m pip {CU128}")
+    assert found.command.endswith(f"; or keep it: python3 -m pip install -U uv && python3 {CU128}")
 
 
 def test_a_driver_older_than_any_usable_torch_has_to_be_replaced() -> None:
@@ -73,7 +73,7 @@ def test_a_torch_without_kernels_for_the_device_says_which_it_has(device: Device
     found = only(replace(COMPLETE, devices=(device,), arch_list=("sm_80", "sm_86")))
     assert found.code == "torch_without_arch"
     assert device.name in found.reason and found.reason.endswith("is compiled for sm_80, sm_86")
-    assert found.command == f"python3 -m pip {CU130}"
+    assert found.command == f"python3 -m pip install -U uv && python3 {CU130}"
 
 
 def test_a_device_too_old_is_stated_and_no_command_promises_to_mend_it() -> None:

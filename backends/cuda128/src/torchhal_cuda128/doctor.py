@@ -14,7 +14,6 @@ from torchhal_cuda128 import fa4
 from torchhal_cuda128.hardware import MINIMUM_CUDA, Hardware, unsuitable
 from torchhal_cuda128.releases import dotted, release
 
-INDEX: Final = "https://download.pytorch.org/whl"
 LAST_FOR_CUDA_12: Final = "2.11"
 """The last torch with a build for CUDA 12.8; from 2.12 on they are for 12.6 and 13 (pytorch/pytorch#178665)."""
 BRANCHES: Final = {12: "570", 13: "580"}
@@ -103,12 +102,13 @@ def _command(code: str, hardware: Hardware) -> str:
 def torch_command(hardware: Hardware) -> str:
     """The command that installs a torch for this driver, whichever of Linux (x86-64 and Arm) and Windows this is.
 
-    By index and not from PyPI, whose torch has no CUDA on Windows.
+    By uv, which knows where torch's builds for each CUDA are: pip's own default has none with CUDA for Windows.
     """
-    install = f"{pip(hardware)} install --force-reinstall"
+    python = _python(hardware)
+    install = f"{python} -m pip install -U uv && {python} -m uv pip install --reinstall-package torch"
     if hardware.driver_cuda is None or hardware.driver_cuda >= (13, 0):
-        return f"{install} torch --index-url {INDEX}/cu130"
-    return f'{install} "torch=={LAST_FOR_CUDA_12}.*" --index-url {INDEX}/cu128'
+        return f"{install} torch --torch-backend=cu130"
+    return f'{install} "torch=={LAST_FOR_CUDA_12}.*" --torch-backend=cu128'
 
 
 def driver_command(hardware: Hardware, major: int) -> str:
@@ -122,7 +122,11 @@ def driver_command(hardware: Hardware, major: int) -> str:
 
 def pip(hardware: Hardware) -> str:
     """The pip of the Python that runs, not whichever is found first."""
-    return "py -m pip" if hardware.system == "Windows" else "python3 -m pip"
+    return f"{_python(hardware)} -m pip"
+
+
+def _python(hardware: Hardware) -> str:
+    return "py" if hardware.system == "Windows" else "python3"
 
 
 def _runs_12_8(hardware: Hardware) -> bool:
