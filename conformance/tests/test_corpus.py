@@ -87,15 +87,21 @@ def test_the_data_of_a_case_do_not_depend_on_other_cases() -> None:
 def test_the_oracle_knows_the_answer_of_one_key_of_equal_scores_and_of_none() -> None:
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 1, 4)
     value = torch.randn(1, 2, 1, 5)
-    out, lse = oracle.attention(query, key, value, dtype=torch.float64, scale=0.5)
+    out, lse, largest = oracle.attention(query, key, value, dtype=torch.float64, scale=0.5)
     torch.testing.assert_close(out, value.double().expand(1, 2, 3, 5))
     torch.testing.assert_close(lse, (query.double() @ key.double().mT).squeeze(-1) * 0.5)
+    assert torch.equal(largest, lse), "one key is the largest"
     values = torch.randn(1, 2, 7, 5)
-    out, lse = oracle.attention(query, torch.zeros(1, 2, 7, 4), values, dtype=torch.float64, scale=1.0)
+    out, lse, largest = oracle.attention(
+        query, torch.zeros(1, 2, 7, 4), values, dtype=torch.float64, scale=1.0
+    )
     torch.testing.assert_close(out, values.double().mean(2, keepdim=True).expand_as(out))
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(7)))
-    out, lse = oracle.attention(query, key[:, :, :0], value[:, :, :0], dtype=torch.float64, scale=1.0)
-    assert out.eq(0).all() and torch.isneginf(lse).all()
+    assert largest.eq(0).all()
+    out, lse, largest = oracle.attention(
+        query, key[:, :, :0], value[:, :, :0], dtype=torch.float64, scale=1.0
+    )
+    assert out.eq(0).all() and torch.isneginf(lse).all() and torch.isneginf(largest).all()
 
 
 def test_the_oracle_agrees_with_itself_in_another_order_of_the_sums() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from torchhal.problems import Decline, DeployProblem, ForeachProblem, Plan
+from torchhal.problems import ContextParallelProblem, Decline, DeployProblem, Plan
 from torchhal.registry import Backend, verify
 from torchhal_cuda128 import deploy, plugin
 from torchhal_cuda128.doctor import describe
@@ -127,7 +127,7 @@ def test_the_plugin_satisfies_the_specification_on_this_machine() -> None:
 
 
 def test_families_without_kernels_are_declined_as_unclaimed() -> None:
-    assert code(backend().ask(ForeachProblem(torch.device("cuda", 0)))) == "unclaimed_family"
+    assert code(backend().ask(ContextParallelProblem(torch.device("cuda", 0)))) == "unclaimed_family"
 
 
 def test_a_task_without_a_claim_is_declined_by_the_core() -> None:
