@@ -39,6 +39,8 @@ TESTS: Final = (
     "test_gradient_programs.py",
     "test_matmul.py",
     "test_packed.py",
+    "test_chains.py",
+    "test_max_scores.py",
     "test_maps.py",
 )
 

@@ -72,6 +72,7 @@ sizes = st.integers(1, 70)
 leading = st.sampled_from([(), (1,), (1, 1), (3,), (2, 3), (17,), (0,), (2, 0)])
 
 
+@pytest.mark.sanitized
 @settings(max_examples=60, deadline=None)
 @given(weight=weights(st.sampled_from([32, 64, 96]) | sizes, sizes), shape=leading, has_bias=st.booleans(),
        dtype=st.sampled_from([torch.float32, *HALVES]), seed=st.integers(0, 99))  # fmt: skip
@@ -115,6 +116,7 @@ def test_a_gated_mlp_is_what_its_dequantised_weights_give_in_float64(
     torch.testing.assert_close(found.double(), product(hidden, down), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_a_gated_mlp_gives_the_bits_of_three_products(dtype: torch.dtype, rows: int) -> None:
@@ -252,6 +254,7 @@ def test_gradients_autocast_transforms_and_scopes_are_served_by_the_products_the
     assert learned.grad is not None and learned.grad.abs().sum() > 0
 
 
+@pytest.mark.sanitized
 def test_inputs_of_any_strides_give_what_contiguous_ones_do() -> None:
     model = mlp()
     x = torch.randn(64, 5, 3).permute(2, 1, 0)
@@ -260,6 +263,7 @@ def test_inputs_of_any_strides_give_what_contiguous_ones_do() -> None:
         torch.testing.assert_close(model(x[:, ::2]), model(x[:, ::2].contiguous()))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("x", [torch.randn(2, 63), torch.tensor(1.0), torch.ones(2, 64, dtype=torch.int64)])
 def test_inputs_that_mean_nothing_are_refused_as_without_a_chain(x: Tensor) -> None:
     layer = linear(torchhal.pack_weight(torch.randn(64, 8)))
@@ -315,6 +319,7 @@ def test_the_operator_has_the_shapes_that_a_compiler_is_told() -> None:
     )
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("a", [torch.ones(2, 5), torch.ones(2, 4, dtype=torch.float64), torch.ones(4, 2).t()])
 def test_operands_that_are_not_as_the_chain_says_give_nothing_or_where_required_an_error(a: Tensor) -> None:
     operator = torch.ops.torchhal_cpu_x86.products.default
@@ -324,6 +329,7 @@ def test_operands_that_are_not_as_the_chain_says_give_nothing_or_where_required_
         operator(a, parts, bound(1)[0])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     "parts",
     [
@@ -338,6 +344,7 @@ def test_parts_of_another_size_type_or_order_are_never_read(parts: list[Tensor])
         torch.ops.torchhal_cpu_x86.products.default(torch.ones(1, 4), parts, bound(1)[0])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(
     "text",
     [
@@ -354,6 +361,7 @@ def test_a_text_that_is_no_chain_is_refused(text: str) -> None:
         torch.ops.torchhal_cpu_x86.products.default(torch.ones(1, 4), parts, text)
 
 
+@pytest.mark.sanitized
 def test_another_number_of_parts_is_refused_with_both_numbers() -> None:
     text, parts = bound(1)
     with pytest.raises(RuntimeError, match="takes 2 parts, got 1"):
