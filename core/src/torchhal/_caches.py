@@ -17,18 +17,26 @@ def forgotten_on_reset(cache: Cache) -> Cache:
     return cache
 
 
-class _Bounded(dict[Any, Any]):
-    """Forgets its oldest entry for one too many."""
+class Bounded(dict[Any, Any]):
+    """Forgets its oldest entry for one too many.
+
+    Args:
+        most: entries kept; :data:`REMEMBERED` by default.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self.most = most
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if len(self) >= REMEMBERED and key not in self:
+        if len(self) >= (self.most or REMEMBERED) and key not in self:
             self.pop(next(iter(self)), None)
         super().__setitem__(key, value)
 
 
 def fast_cache() -> dict[Any, Any]:
     """A dictionary of the last :data:`REMEMBERED` choices, which a reset empties."""
-    return forgotten_on_reset(_Bounded())
+    return forgotten_on_reset(Bounded())
 
 
 def forget_all() -> None:

@@ -9,13 +9,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torchhal._caches import Bounded
 from torchhal.operands import AttentionOperands, empty_output
 from torchhal.portable import gradients, unavailable
 from torchhal.portable.backward import Backward
 from torchhal.portable.engine import Engine
 from torchhal.portable.fitting import fitting, on_device
 from torchhal.portable.launch import Launcher
-from torchhal.portable.replay import MOST, Recording, kind_of, tensors_of
+from torchhal.portable.replay import MOST, Recording, keep, kind_of, tensors_of
 from torchhal.portable.shapes import Shape, shape_of
 from torchhal.portable.tiles import PLAIN, Tiles, Tuning
 from torchhal.problems import AttentionClaims, AttentionProblem, Decline
@@ -85,7 +86,7 @@ def forward(problem: AttentionProblem, tuning: Tuning, engine: Engine | None = N
     """:func:`runner` on tensors whose gradients nobody wants."""
     known = {False: tuning.prefill(problem), True: tuning.decode(problem)}
     launcher = Launcher(problem, tuning.precision)
-    recordings: dict[Any, Recording] = {}
+    recordings: dict[Any, Recording] = Bounded(MOST)
 
     def first(
         kind: Any,
@@ -106,11 +107,7 @@ def forward(problem: AttentionProblem, tuning: Tuning, engine: Engine | None = N
         tensors = (query, key, value, attn_mask, scale, operands, out, lse)
         recording = None if kind is None else Recording()
         known[decode] = fitting(launcher, known[decode], shape, parts, *tensors, recording, written)
-        if recording is not None and recording.usable:
-            recording.release()
-            if len(recordings) >= MOST:
-                recordings.clear()
-            recordings[kind] = recording
+        keep(recordings, kind, recording)
 
     def run(
         query: Tensor,

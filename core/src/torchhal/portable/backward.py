@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchhal._caches import Bounded
 from torchhal.operands import AttentionOperands
 from torchhal.portable.engine import Engine
 from torchhal.portable.fitting import fitting, on_device
@@ -34,7 +35,7 @@ class Backward:
         self.engine = engine
         self.launcher = GradientLauncher(problem, tuning.precision)
         self.tiles = [tuning.query_gradient(problem), tuning.key_gradient(problem)]
-        self.recordings: dict[Any, _Recorded] = {}
+        self.recordings: dict[Any, _Recorded] = Bounded(MOST)
 
     def __call__(
         self,
@@ -75,8 +76,6 @@ class Backward:
             given = (query, key, value, attn_mask, scale, operands, above, lse)
             self._launch(making.launcher, given, out, lse_above, found, None, written)
             if kind is not None and making.usable and tiles == self.tiles:
-                if len(self.recordings) >= MOST:
-                    self.recordings.clear()
                 self.recordings[kind] = making.recorded()
         return found
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from torchhal._caches import Bounded
 from torchhal.foreach_columns import NUMBER, NUMBERS, Column, lists_of, shapes_agree
 from torchhal.foreach_plans import Lists, Passes, Results, Run, runner
 from torchhal.pointwise import Graph
@@ -30,7 +31,7 @@ from torchhal.portable.foreach_kernels import (
     kernel,
     partial_type,
 )
-from torchhal.portable.foreach_tables import Kept, Layout, chunks_of, layout, upload
+from torchhal.portable.foreach_tables import MOST, Layout, chunks_of, layout, upload
 from torchhal.portable.launch import Again, Start, start
 from torchhal.portable.printer import TYPES
 from torchhal.problems import Decline, ForeachClaims, ForeachProblem
@@ -128,7 +129,8 @@ class Mapper:
         self.device = device
         self.blocks = blocks
         self.start = start
-        self.kept = Kept()
+        self.kept: dict[Any, Any] = Bounded(MOST)
+        """What was uploaded, by device, stream and content."""
 
     # ------------------------------------------------------------------------ the two passes
 
@@ -246,8 +248,8 @@ class Mapper:
         found = self.kept.get(key)
         if found is None:
             found = self.uploaded(part)
-            self.kept.put(key, found)
-        return found  # type: ignore[no-any-return]
+            self.kept[key] = found
+        return found
 
     def uploaded(self, part: Part) -> Ready:
         """The launch with its table on the device, uploaded just now."""
@@ -273,7 +275,7 @@ class Mapper:
         if found is None:
             found = upload(chunks_of(sizes, block), self.device).view(torch.int32)
             if not capturing:
-                self.kept.put(key, found)
+                self.kept[key] = found
         return found
 
     def launch(self, form: Form, ready: Ready, partial: tuple[Tensor, ...], numbers: Sequence[int]) -> None:

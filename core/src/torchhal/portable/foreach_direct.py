@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from torchhal._caches import Bounded
 from torchhal.derivatives import is_transformed
 from torchhal.foreach_columns import LIST, NUMBER, PLAIN, SHARED
 from torchhal.foreach_plans import Lists, Results
@@ -97,7 +98,7 @@ class _Calls:
         (self.graph,) = problem.functions
         self.device = problem.device
         self.mapper = mapper
-        self.known: dict[tuple[object, ...], _Known] = {}
+        self.known: dict[tuple[object, ...], _Known] = Bounded(MOST)
 
     def __call__(self, operands: Sequence[Any], out: Lists) -> Results | None:
         kinds = tuple([_kind(entry) for entry in operands])
@@ -120,7 +121,7 @@ class _Calls:
                 if looked is None:
                     return None
                 if known is None or not looked.is_like(known):
-                    known = self._remember(key, looked)
+                    known = self.known[key] = looked
             launch = known.last[2] if there and known.last else self._launch(known, kinds, places, tensors)
             if launch is None:
                 return None
@@ -148,12 +149,6 @@ class _Calls:
                 torch.autograd.graph.increment_version(part)
         return there
 
-    def _remember(self, key: tuple[object, ...], known: _Known) -> _Known:
-        if len(self.known) >= MOST:
-            self.known.pop(next(iter(self.known)), None)
-        self.known[key] = known
-        return known
-
     def _launch(
         self, known: _Known, kinds: tuple[int, ...], places: tuple[int | None, ...], tensors: list[Tensor]
     ) -> Launch | None:
@@ -169,8 +164,6 @@ class _Calls:
             part = self._part(known, kinds, places, pointers)
             found = (part.form, self.mapper.uploaded(part))
         if not capturing:
-            if len(known.launches) >= PLACES:
-                known.launches.pop(next(iter(known.launches)), None)
             known.launches[key] = found
             known.last = (stream, [pointers[block.where] for block in known.blocks or ()], found)
         return found
@@ -209,7 +202,7 @@ class _Calls:
         }
         return _Known(
             _blocks([(items, id(items) in written) for items in given]), [len(items) for items in given],
-            [shape.numel() for shape in shapes], torch.tensor([t.nbytes for t in tensors]), {},
+            [shape.numel() for shape in shapes], torch.tensor([t.nbytes for t in tensors]), Bounded(PLACES),
         )  # fmt: skip
 
     def _are_plain(self, operands: Sequence[Any], kinds: tuple[int, ...], out: Lists) -> bool:

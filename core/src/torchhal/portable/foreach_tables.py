@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,26 +20,10 @@ from torch import Tensor
 from torchhal.streams import is_capturing
 
 MOST: Final = 64
-"""Tables and chunk lists kept for one problem: of new results, addresses are new at every call."""
+"""Tables and chunk lists kept for one problem: of new results, addresses are new at every call. The stream that reads what is
+dropped frees its memory in its turn."""
 _ROOM: Final = 1 << 17
 """Words (int64) of pinned memory that are set aside for captures: 1 MiB."""
-
-
-class Kept:
-    """What was uploaded for one problem, by device, stream and content."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, Any] = {}
-
-    def get(self, key: Any) -> Any:
-        """What is kept under a key; None for nothing."""
-        return self._found.get(key)
-
-    def put(self, key: Any, value: Any) -> None:
-        """Keep a value; one too many drops the oldest, whose memory the stream that reads it frees in its turn."""
-        if len(self._found) >= MOST:
-            self._found.pop(next(iter(self._found)), None)
-        self._found[key] = value
 
 
 def upload(words: Tensor, device: torch.device) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torchhal._caches import Bounded
 from torchhal.portable import unavailable
 from torchhal.portable.fitting import fitting, on_device
 from torchhal.portable.launch import Start, start
 from torchhal.portable.matmul_launch import HALVES, Launcher, Operands, float32_precision
 from torchhal.portable.matmul_tiles import PLAIN, Tiles, Tuning
 from torchhal.portable.printer import TYPES
-from torchhal.portable.replay import ALIGNMENT, MOST, Recording
+from torchhal.portable.replay import ALIGNMENT, MOST, Recording, keep
 from torchhal.problems import Decline, MatmulClaims, MatmulProblem
 from torchhal.products import packed
 from torchhal.products.graphs import Function
@@ -76,9 +77,9 @@ class Multiplier:
 
     def __init__(self, tuning: Tuning, start: Start = start) -> None:
         self.launcher = Launcher(tuning, start)
-        self.known: dict[Any, Tiles] = {}
+        self.known: dict[Any, Tiles] = Bounded(MOST)
         """The tiles that were chosen, or the largest that fit, by what the choice depends on."""
-        self.recordings: dict[Any, Recording] = {}
+        self.recordings: dict[Any, Recording] = Bounded(MOST)
 
     def __call__(
         self,
@@ -111,14 +112,8 @@ class Multiplier:
         work = self.launcher.work_of(call)
         tiles = self.known.get((work, kind)) or self.launcher.tuning.choose(work)
         found = fitting(self.launcher, tiles, call, work, recording)
-        if len(self.known) >= MOST:
-            self.known.clear()
         self.known[work, kind] = found
-        if recording is not None and recording.usable:
-            recording.release()
-            if len(self.recordings) >= MOST:
-                self.recordings.clear()
-            self.recordings[kind] = recording
+        keep(self.recordings, kind, recording)
 
 
 def _kind_of(call: Operands) -> tuple[Any, ...] | None:

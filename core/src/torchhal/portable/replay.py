@@ -85,6 +85,13 @@ class Recording:
             launch.release()
 
 
+def keep(recordings: dict[Any, Recording], kind: Any, recording: Recording | None) -> None:
+    """Keep what was recorded of a kind of call, without its tensors, where it can be started again."""
+    if recording is not None and recording.usable:
+        recording.release()
+        recordings[kind] = recording
+
+
 NOWHERE: Final = object()
 """The source of a tensor that was made on the way and is not among those of the call."""
 
