@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torchhal
-from torchhal.portable.tiles import Tiles, Tuning, padded
+from torchhal.portable.tiles import Tiles, padded
 from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal.registry import Backend, verify
 from torchhal_cuda128 import attention, plugin, tiles
@@ -90,9 +90,7 @@ def test_tiles_of_each_family_fit_its_shared_memory(major: int, size: int, dtype
 
 
 def test_keys_are_split_until_each_multiprocessor_has_a_program() -> None:
-    tuning = tiles.tuning(H100)
-    assert isinstance(tuning, Tuning)
-    assert tuning.programs == 132
+    assert tiles.tuning(H100).programs == 132
 
 
 @pytest.mark.hardware

@@ -9,22 +9,18 @@ from torchhal.portable import attention, gradients
 from torchhal.portable.tiles import Tuning
 from torchhal.problems import AttentionProblem, Decline, Plan
 from torchhal_cuda128 import engines, tiles
-from torchhal_cuda128.hardware import Device, Hardware, unsuitable
+from torchhal_cuda128.hardware import Device, Hardware
 
 
 def plan(problem: AttentionProblem, hardware: Hardware) -> Plan | Decline:
     """The plan for an attention problem on the hardware that was seen."""
-    index = problem.device.index or 0
-    verdict = unsuitable(hardware, index)
-    if verdict:
-        return verdict
-    device = hardware.devices[index]
-    tuning = tiles.tuning(device)
-    if isinstance(tuning, Decline):
-        return tuning
+    device = tiles.device_of(problem, hardware)
+    if isinstance(device, Decline):
+        return device
     refusal = attention.decline(problem)
     if refusal is not None:
         return refusal
+    tuning = tiles.tuning(device)
     usable = [name for name, why in engines.able(problem, device, hardware.fa4).items() if why is None]
     rule = _rule(problem, device, usable)
     variants = {name: _run(problem, tuning, name, device) for name in ("triton", *usable)}

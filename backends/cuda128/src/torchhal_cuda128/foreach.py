@@ -9,7 +9,7 @@ from torchhal.portable import foreach
 from torchhal.portable.foreach_direct import direct
 from torchhal.problems import Decline, ForeachProblem, Plan
 from torchhal_cuda128 import tiles
-from torchhal_cuda128.hardware import Hardware, unsuitable
+from torchhal_cuda128.hardware import Hardware
 
 BLOCKS: Final = foreach.Blocks(elements=1024, warps=4)
 """By an AdamW step of 20 tensors of 16 million float32 on an H100: 3.26 ms, 2048 elements of 8 warps 3.26, of 4 warps 3.38, 512
@@ -18,12 +18,10 @@ elements 3.43, 4096 3.40. A second run gave 3.45 for the first two."""
 
 def plan(problem: ForeachProblem, hardware: Hardware) -> Plan | Decline:
     """The plan for a foreach problem on the hardware that was seen."""
-    index = problem.device.index or 0
-    refusal = unsuitable(hardware, index)
-    if refusal is not None:
-        return refusal
-    device = hardware.devices[index]
-    refusal = tiles.untried(device) or foreach.decline(problem)
+    device = tiles.device_of(problem, hardware)
+    if isinstance(device, Decline):
+        return device
+    refusal = foreach.decline(problem)
     if refusal is not None:
         return refusal
     mapper = foreach.Mapper(problem.device, BLOCKS)

@@ -12,8 +12,8 @@ from torchhal.problems import Decline, MatmulProblem, Plan
 from torchhal.products.graphs import Function
 from torchhal.products.packed import Operand
 from torchhal.products.product import NO_FUNCTIONS, wants_gradients
-from torchhal_cuda128 import matmul_tiles
-from torchhal_cuda128.hardware import Hardware, unsuitable
+from torchhal_cuda128 import matmul_tiles, tiles
+from torchhal_cuda128.hardware import Hardware
 
 LEAST: Final = 512
 """Rows, columns and terms from which on plain products are cuBLAS's. Of fewer it may cut the sum into parts and round those to
@@ -22,19 +22,14 @@ the element type (``torch.backends.cuda.matmul.allow_bf16_reduced_precision_redu
 
 def plan(problem: MatmulProblem, hardware: Hardware) -> Plan | Decline:
     """The plan for a matrix product on the hardware that was seen."""
-    index = problem.device.index or 0
-    verdict = unsuitable(hardware, index)
-    if verdict:
-        return verdict
-    device = hardware.devices[index]
-    tuning = matmul_tiles.tuning(device)
-    if isinstance(tuning, Decline):
-        return tuning
+    device = tiles.device_of(problem, hardware)
+    if isinstance(device, Decline):
+        return device
     refusal = matmul.decline(problem)
     if refusal is not None:
         return refusal
     return Plan(
-        run=matmul.runner(problem, "cuda128", Multiplier(matmul.Multiplier(tuning))),
+        run=matmul.runner(problem, "cuda128", Multiplier(matmul.Multiplier(matmul_tiles.tuning(device)))),
         description=f"Triton, {device.architecture}, one pass" + _engines(problem),
         deterministic=True,
         differentiable=wants_gradients(problem),

@@ -10,19 +10,14 @@ from dataclasses import replace
 from typing import Final
 
 from torchhal.portable.matmul_tiles import Tiles, Tuning, Work
-from torchhal.problems import Decline
-from torchhal_cuda128 import tiles
 from torchhal_cuda128.hardware import Device
 
 FEW: Final = 16
 """Rows that fit the smallest tile: what counts is how many bytes of ``b`` are on their way."""
 
 
-def tuning(device: Device) -> Tuning | Decline:
-    """The tiles for a device, or why there are none that have been tried."""
-    found = tiles.tuning(device)
-    if isinstance(found, Decline):
-        return found
+def tuning(device: Device) -> Tuning:
+    """The tiles for a device."""
     return tuning_of(device.capability[0], max(device.multiprocessors, 1))
 
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 import torch
 
 from torchhal.portable.tiles import Tiles, Tuning, padded
-from torchhal.problems import AttentionProblem, Decline
-from torchhal_cuda128.hardware import Device
+from torchhal.problems import AttentionProblem, Decline, Problem
+from torchhal_cuda128.hardware import Device, Hardware, unsuitable
 
 Choice = Callable[[AttentionProblem], Tiles]
 
@@ -22,16 +22,21 @@ MEASURED: Final = frozenset({9})
 """Compute capability majors on which the kernels have run."""
 
 
-def tuning(device: Device) -> Tuning | Decline:
-    """The tiles for a device, or why there are none that have been tried."""
-    return untried(device) or tuning_of(device.capability[0], max(device.multiprocessors, 1))
+def tuning(device: Device) -> Tuning:
+    """The tiles for a device."""
+    return tuning_of(device.capability[0], max(device.multiprocessors, 1))
 
 
-def untried(device: Device) -> Decline | None:
-    """Why kernels are not served on a device that their like has never run on."""
+def device_of(problem: Problem, hardware: Hardware) -> Device | Decline:
+    """The device of a problem, or why no kernel is served there: it is unsuitable, or their like has never run on it."""
+    index = problem.device.index or 0
+    verdict = unsuitable(hardware, index)
+    if verdict is not None:
+        return verdict
+    device = hardware.devices[index]
     major, minor = device.capability
     if major in MEASURED:
-        return None
+        return device
     found = f"{device.name} has compute capability {major}.{minor}"
     return Decline(
         "architecture_untried", f"{found}; the kernels have never run on that, and so are not served"
