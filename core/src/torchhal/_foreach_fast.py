@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+from torchhal.operands import PLAIN
+
 _SCALAR = torch.Size(())
 
 
@@ -32,7 +33,7 @@ def glance(operands: Sequence[Any], out: Any) -> tuple[object, ...] | None:
             parts.append(operand.dtype)
         elif (kind is list or kind is tuple) and operand:
             first = operand[0]
-            if type(first) is not float and type(first) not in _PLAIN:
+            if type(first) is not float and type(first) not in PLAIN:
                 return None
             if type(first) is not float and not first.dim():  # promotes in a way of its own
                 return None
@@ -109,7 +110,7 @@ def _signature(operands: Sequence[Any], grad: bool) -> tuple[object, ...] | None
             if types == {float}:
                 parts.append(list)
                 continue
-            if not types <= _PLAIN:
+            if not types <= PLAIN:
                 return None
             found = [t.shape for t in operand]
             if shapes is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torchhal.reference.foreach import NUMBER_DTYPES, depends_on
 
 LIST, SHARED, NUMBER, NUMBERS = range(4)
 """How an operand is given: a list of tensors, one 0-dim tensor, one number, a list of numbers."""
-PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
-"""Types of tensors that are what their memory says."""
 
 
 class Column(NamedTuple):
@@ -58,12 +56,6 @@ def _numbers(values: Sequence[Any]) -> Sequence[Tensor]:
     if len(kinds) > 1:
         return [_number(value) for value in values]
     return torch.tensor(values, dtype=NUMBER_DTYPES[kinds.pop()]).unbind()
-
-
-def is_readable(column: Column) -> bool:
-    """Whether a column's tensors are what their memory says: no subclass's, and not to be negated on reading."""
-    plain = set(map(type, column.items)) <= PLAIN
-    return plain and not any([t.is_neg() for t in column.items])  # noqa: C419 (a list is quicker)
 
 
 def lists_of(columns: Sequence[Column]) -> list[Sequence[Tensor]]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torchhal import foreach_gradients
 from torchhal.derivatives import is_transformed
-from torchhal.foreach_columns import LIST, Column, columns_of, is_plain, is_readable, lists_of
+from torchhal.foreach_columns import LIST, Column, columns_of, is_plain, lists_of
+from torchhal.operands import is_readable
 from torchhal.pointwise import Graph
 from torchhal.problems import ForeachProblem
 from torchhal.reference.foreach import depends_on, output_shape, reduce
@@ -51,7 +52,7 @@ def runner(problem: ForeachProblem, passes: Passes) -> Run:
 
     def run(operands: Sequence[Any], captured: Sequence[Tensor], out: Lists | None) -> Results:
         columns = columns_of(problem, operands)
-        if is_transformed() or not all(is_readable(column) for column in columns):
+        if is_transformed() or not all(is_readable(column.items) for column in columns):
             return reference(problem, operands, captured, out)
         if len(problem.functions) == 1 and is_plain(problem.functions[0], columns):
             return own(problem.functions[0], columns, captured, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from torchhal.errors import InvalidProblem
+
+PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+"""Types of tensors that are what their memory says."""
+
+
+def is_readable(tensors: Sequence[Any]) -> bool:
+    """Whether tensors are what their memory says: no subclass's, and not to be negated on reading."""
+    return set(map(type, tensors)) <= PLAIN and not any([t.is_neg() for t in tensors])  # noqa: C419 (a list is quicker)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchhal import Decline, Plan
 from torchhal.derivatives import is_transformed
-from torchhal.foreach_columns import LIST, NUMBER, NUMBERS, PLAIN, SHARED
+from torchhal.foreach_columns import LIST, NUMBER, NUMBERS, SHARED
 from torchhal.foreach_plans import Lists, Passes, Results, learns, runner
+from torchhal.operands import PLAIN
 from torchhal.problems import ForeachProblem
 from torchhal.reference.foreach import depends_on
 from torchhal_cpu_x86 import hardware, maps, native

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from torchhal import Decline, Plan
-from torchhal.foreach_columns import Column, is_readable
 from torchhal.problems import MatmulProblem
 from torchhal.products import packed
 from torchhal.products.product import runner, wants_gradients
@@ -31,13 +28,9 @@ def plan(problem: MatmulProblem) -> Plan | Decline:
     compute = reference.compute_dtype(problem)
     kernel = torch.bfloat16 if problem.dtypes == {torch.bfloat16} else compute
     return Plan(
-        run=runner(problem, "cpu_x86", products.multiply, _are_readable),
+        run=runner(problem, "cpu_x86", products.multiply),
         description=f"native, {native.load().get_isa(kernel)}, packed panels, one rounding",
         differentiable=wants_gradients(problem),
         bind=None if problem.packing is None else chains.bind,
         workspace="24 MB, and 1 MB for each thread",
     )
-
-
-def _are_readable(tensors: list[Any]) -> bool:
-    return is_readable(Column(tensors))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchhal.foreach_columns import PLAIN
+from torchhal.operands import PLAIN
 
 State = dict[str, Any]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from torchhal._caches import Bounded
 from torchhal.derivatives import is_transformed
-from torchhal.foreach_columns import LIST, NUMBER, PLAIN, SHARED
+from torchhal.foreach_columns import LIST, NUMBER, SHARED
 from torchhal.foreach_plans import Lists, Results
+from torchhal.operands import PLAIN
 from torchhal.portable.fitting import on_device
 from torchhal.portable.foreach import Mapper, Part, Ready, bits_of, is_aligned
 from torchhal.portable.foreach_kernels import Form

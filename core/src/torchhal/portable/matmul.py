@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -61,15 +60,7 @@ def runner(problem: MatmulProblem, who: str, multiply: Multiply | None = None) -
         who: the backend, for messages.
         multiply: a :class:`Multiplier` with what depends on the hardware, or what chooses between one and another engine.
     """
-    return product_runner(problem, who, multiply or Multiplier(PLAIN), are_readable)
-
-
-def are_readable(tensors: Sequence[Any]) -> bool:
-    """Whether tensors are what their memory says: no subclass's, and not to be negated on reading."""
-    return all(type(t) in _PLAIN and not t.is_neg() for t in tensors)
-
-
-_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))
+    return product_runner(problem, who, multiply or Multiplier(PLAIN))
 
 
 class Multiplier:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchhal.derivatives import is_transformed
-from torchhal.operands import MatmulOperands, Packed
+from torchhal.operands import MatmulOperands, Packed, is_readable
 from torchhal.pointwise.factors import reads
 from torchhal.problems import MatmulProblem
 from torchhal.products import gradients
@@ -44,16 +44,13 @@ def wants_gradients(problem: MatmulProblem) -> bool:
     return not GRADIENTS.isdisjoint(problem.features)
 
 
-def runner(
-    problem: MatmulProblem, who: str, multiply: Multiply, readable: Callable[[list[Any]], bool]
-) -> Run:
+def runner(problem: MatmulProblem, who: str, multiply: Multiply) -> Run:
     """The ``run`` of a Plan, as :func:`torchhal.hookspecs.torchhal_matmul` has it.
 
     Args:
         problem: what is served.
         who: the backend, for messages.
-        multiply: its kernel.
-        readable: whether tensors are what their memory says; where not, plain torch computes.
+        multiply: its kernel, for tensors that are what their memory says; of others plain torch computes.
     """
     functions = Functions(problem.a_prologue, problem.b_prologue, problem.epilogue)
     product = Product(
@@ -67,7 +64,7 @@ def runner(
         a: Tensor, b: Tensor | Packed, bias: Tensor | None, operands: MatmulOperands | None
     ) -> tuple[Tensor, ...]:
         captured = NOTHING if operands is None else _captured(operands)
-        if is_transformed() or not readable(_tensors(a, b, bias, captured)):
+        if is_transformed() or not is_readable(_tensors(a, b, bias, captured)):
             return specification(a, b, bias, operands)  # type: ignore[no-any-return]
         right = b if isinstance(b, Tensor) else Operand.of(b)
         if a.dim() > 2 and right.dim() == 2 and _folds(a, functions) and _gains(a, product):
