@@ -1,7 +1,7 @@
 """FlashAttention-4: which calls it can serve, and how it is called.
 
 The distribution ``flash-attn-4`` (import name ``flash_attn.cute``) has kernels for Hopper and for data-centre Blackwell, written
-in a Python dialect that is compiled when a kernel is first needed. It is optional: without it, the Triton kernels serve.
+in a Python dialect that is compiled when a kernel is first needed. It is optional, and serves where ``torchhal tune`` chose it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ DTYPES: Final = (torch.bfloat16, torch.float16)
 def unavailable(version: str | None) -> Decline | None:
     """Why an installed version (None: there is none) is not used, or None where it is."""
     if version is None:
-        reason = (
-            "FlashAttention-4 is not installed; it is optional and makes long prefill and training faster"
-        )
+        reason = "FlashAttention-4 is not installed; it is optional, and can make long training faster, which `torchhal tune` measures"
         return Decline("fa4_missing", reason)
     if version not in VERSIONS:
         reason = f"flash-attn-4 is {version}; this backend was written for {VERSIONS}"
