@@ -21,8 +21,8 @@ from torchhal.problems import MatmulProblem
 from torchhal.selection import Selected
 
 Bound = Callable[[Tensor, Sequence[Tensor]], "list[Tensor]"]
-"""What a backend makes of a chain: ``(a, parts)``, ``parts`` the tensors of all steps in their order, each its weight's, as
-:func:`parts_of` lists them, its bias, and what its epilogue captures. Returns the results of the steps that no later one
+"""What a backend makes of a chain: ``(a, parts)``, ``parts`` the tensors of all steps in their order, each its weight's
+``tensors``, its bias, and what its epilogue captures. Returns the results of the steps that no later one
 reads; or an empty list, having done nothing, where ``a`` or a part is not of the kind that the chain was made for."""
 
 
@@ -62,11 +62,6 @@ class Layer(NamedTuple):
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def parts_of(weight: Packed) -> list[Tensor]:
-    """The tensors of a packed weight, in the order of its ``state()``."""
-    return [value for value in weight.state().values() if isinstance(value, Tensor)]
-
-
 class Prepared(NamedTuple):
     """Links that are ready to be run together."""
 
@@ -97,7 +92,7 @@ def prepare(
         row = torch.empty((1, 1), dtype=dtype, device=device)
         selected = tuple([choose(_call(link, layer, row)) for link, layer in zip(links, layers, strict=True)])
         bound = _bound(links, layers, selected)
-    parts = [t for layer in layers for t in (*parts_of(layer.weight), layer.bias) if t is not None]
+    parts = [t for layer in layers for t in (*layer.weight.tensors, layer.bias) if t is not None]
     return Prepared(bound, selected, parts)
 
 
@@ -140,7 +135,7 @@ def record(
         return None
     if a.dim() > 2 and problem.epilogue is not None and len(problem.epilogue.inputs) > 1:
         return None  # rows of a chain are counted without batches
-    weight = parts_of(b)
+    weight = b.tensors
     bound = bind([Step(problem, b)], required=True) if all(t.is_contiguous() for t in weight) else None
     if bound is None:
         return None

@@ -145,6 +145,11 @@ class PackedWeight:
         """Where the packed tensors are."""
         return self.data.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The packed tensors, in the order of :meth:`state`."""
+        return (self.data, self.scale) if self.zero is None else (self.data, self.scale, self.zero)
+
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same packed weight on another device."""
         zero = None if self.zero is None else self.zero.to(device)
@@ -250,6 +255,11 @@ class GGUFWeight:
     def device(self) -> torch.device:
         """Where the blocks are."""
         return self.data.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The blocks."""
+        return (self.data,)
 
     def to(self, device: torch.device | str) -> GGUFWeight:
         """The same weight on another device."""

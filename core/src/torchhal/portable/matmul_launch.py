@@ -37,14 +37,7 @@ class Operands(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Every tensor of it."""
         found = [self.a]
-        if isinstance(self.b, Tensor):
-            found.append(self.b)
-        else:
-            weight = self.b.weight
-            parts = (
-                (weight.data,) if isinstance(weight, GGUFWeight) else (weight.data, weight.scale, weight.zero)
-            )
-            found += [part for part in parts if part is not None]
+        found += [self.b] if isinstance(self.b, Tensor) else self.b.weight.tensors
         if self.bias is not None:
             found.append(self.bias)
         for function in self.functions:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchhal.operands import GGUFWeight, Packed
+from torchhal.operands import Packed
 from torchhal.problems import Decline, MatmulProblem
 
 
@@ -33,8 +33,7 @@ class Operand(NamedTuple):
     @staticmethod
     def of(weight: Packed) -> Operand:
         """The weight as an operand (K, N)."""
-        parts = (weight.data,) if isinstance(weight, GGUFWeight) else (weight.data, weight.scale, weight.zero)
-        if all([part is None or part.is_contiguous() for part in parts]):  # noqa: C419 (a list is quicker)
+        if all([part.is_contiguous() for part in weight.tensors]):  # noqa: C419 (a list is quicker)
             return Operand(weight)
         state = weight.state().items()
         tensors = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in state}
